@@ -1,0 +1,54 @@
+"""The launcher's expected errors: each one's text says what clashes and what to set instead."""
+
+from cluster.errors import DocumentError, ExpectedError, Problem
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DocumentError",
+    "ExpectedError",
+    "ModelError",
+    "PlanError",
+    "Problem",
+    "RecipeError",
+    "ResourceError",
+    "RunDirectoryError",
+    "StorageError",
+    "TrainingError",
+]
+
+
+class RecipeError(DocumentError):
+    """A recipe (or the DeepSpeed JSON it names) is wrong; lists every bad field with file and line."""
+
+
+class PlanError(DocumentError):
+    """Recipe and resources are each well-formed but do not go together."""
+
+
+class DataError(ExpectedError):
+    """The data named by the recipe is missing, empty or not of the stated form."""
+
+
+class ModelError(ExpectedError):
+    """transformers refuses the model, or the model does not fit the data."""
+
+
+class CheckpointError(ExpectedError):
+    """A checkpoint cannot be used for this run."""
+
+
+class RunDirectoryError(ExpectedError):
+    """The run directory cannot be created, written or used by this recipe."""
+
+
+class ResourceError(ExpectedError):
+    """The cluster does not have what the plan asks for."""
+
+
+class StorageError(ExpectedError):
+    """A file could not be written (disk full, read-only, gone)."""
+
+
+class TrainingError(ExpectedError):
+    """A worker failed for good; the text holds the failing rank's own traceback."""

@@ -1,0 +1,321 @@
+"""The recipe: what to train. Frozen, unknown keys refused at every level, field names as Hugging Face and DeepSpeed spell them.
+
+The strings under the fields are their documentation: ``zerofleet schema`` prints them as JSON Schema.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which model: pretrained weights, or a configuration to start from random weights."""
+
+    model_name_or_path: str | None = None
+    """Folder or hub name of pretrained weights."""
+    config: dict[str, Any] | str | None = None
+    """Train from random weights with this transformers configuration: a mapping with `model_type`, or the path of a `config.json`."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """Attention kernel, as in transformers."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelSection":
+        if (self.model_name_or_path is None) == (self.config is None):
+            raise ValueError("set exactly one of model_name_or_path (pretrained weights) and config (random weights)")
+        if isinstance(self.config, dict) and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs a model_type, such as llama, qwen3 or gpt2")
+        return self
+
+
+class TrainTokenizerSection(Section):
+    """Train a byte-level BPE tokenizer on the training documents."""
+
+    vocab_size: int = Field(ge=257, le=1_000_000)
+    """Number of tokens, the 256 bytes and the special tokens included."""
+    min_frequency: int = Field(default=2, ge=1)
+    """A pair must occur this often to be merged."""
+
+
+class TokenizerSection(Section):
+    """Which tokenizer: the model's own (default), another one, or one trained from the data."""
+
+    tokenizer_name_or_path: str | None = None
+    """Folder or hub name; default: the model's."""
+    train: TrainTokenizerSection | None = None
+    """Train one from the training documents instead of loading one."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "TokenizerSection":
+        if self.tokenizer_name_or_path is not None and self.train is not None:
+            raise ValueError("set tokenizer_name_or_path or train, not both")
+        return self
+
+
+class _SourceBase(Section):
+    text_column: str = "text"
+    """Column that holds the text."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of this source in the mixture, relative to the other sources' weights."""
+
+
+class TextSource(_SourceBase):
+    """Plain text files."""
+
+    type: Literal["text"]
+    files: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Paths or globs (`**` crosses folders); relative ones are taken from the folder of the recipe."""
+    exclude: tuple[str, ...] = ()
+    """Globs of files to leave out; matched against the whole path."""
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    """What one document is: a file, a paragraph (separated by an empty line) or a line."""
+
+
+class TableSource(_SourceBase):
+    """JSON (lines or array), CSV or Parquet files."""
+
+    type: Literal["json", "jsonl", "csv", "parquet"]
+    files: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Paths or globs (`**` crosses folders); relative ones are taken from the folder of the recipe."""
+    exclude: tuple[str, ...] = ()
+    """Globs of files to leave out; matched against the whole path."""
+
+
+class SavedSource(_SourceBase):
+    """A folder written by `Dataset.save_to_disk`."""
+
+    type: Literal["saved"]
+    path: str
+    """The folder; relative ones are taken from the folder of the recipe."""
+    split: str = "train"
+    """Split, when the folder holds a DatasetDict."""
+
+
+class HubSource(_SourceBase):
+    """A data set by hub name."""
+
+    type: Literal["hub"]
+    path: str
+    """Name on the hub, such as `HuggingFaceFW/fineweb`."""
+    name: str | None = None
+    """Configuration of the data set."""
+    split: str = "train"
+    """Split, with datasets' slicing syntax (`train[:1%]`)."""
+    revision: str | None = None
+    """Commit or tag, to pin what is read."""
+
+
+Source = Annotated[TextSource | TableSource | SavedSource | HubSource, Field(discriminator="type")]
+
+
+class DataSection(Section):
+    """Which data, and how documents become samples."""
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """Training data; several sources are mixed by weight."""
+    validation_sources: tuple[Source, ...] = ()
+    """Held-out data; default: split off the sources by `validation_fraction`."""
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the documents that is held out; a document's side depends on its text alone, never on file order."""
+    sequence_length: int = Field(ge=2)
+    """Tokens per sample."""
+    packing: Literal["concat", "first_fit_decreasing", "none"] = "concat"
+    """`concat`: one stream cut every sequence_length tokens, nothing wasted, documents are cut; `first_fit_decreasing`: documents that
+    fit are kept whole, a little padding; `none`: one document a sample, cut at sequence_length, padded."""
+    cross_document_attention: bool = False
+    """Let packed documents attend to each other and predict each other's first token."""
+    preprocessing_num_workers: int | None = Field(default=None, ge=1)
+    """Processes that tokenise; default: the number of cores."""
+    cache_directory: str | None = None
+    """Where prepared data is kept, on a file system that all nodes see; default: `$ZEROFLEET_CACHE` or `~/.cache/zerofleet`."""
+
+    @model_validator(mode="after")
+    def _one_validation(self) -> "DataSection":
+        if self.validation_sources and self.validation_fraction:
+            raise ValueError("set validation_sources or validation_fraction, not both")
+        return self
+
+
+class TrainingSection(Section):
+    """Batch sizes, length, schedule and precision."""
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps to make."""
+    num_train_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the data, instead of max_steps."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Samples per worker in one forward and backward pass."""
+    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
+    """Micro batches per optimizer step."""
+    global_batch_size: int | None = Field(default=None, ge=1)
+    """Samples per optimizer step over all workers = micro_batch_size x gradient_accumulation_steps x data-parallel size."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Number format of forward and backward; the optimizer's copy of the weights stays fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    lr_scheduler_type: str = "cosine"
+    """A name of transformers.get_scheduler: linear, cosine, cosine_with_min_lr, constant_with_warmup, warmup_stable_decay, ..."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the scheduler, such as `{min_lr_rate: 0.1}`."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps of linear warm-up."""
+    warmup_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Warm-up as a share of all steps, instead of warmup_steps."""
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "TrainingSection":
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            raise ValueError("set exactly one of max_steps and num_train_epochs")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("set warmup_steps or warmup_ratio, not both")
+        return self
+
+
+class OptimizerSection(Section):
+    """The optimizer and its constants; the learning rate and its schedule stand under `training`."""
+
+    type: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay; biases and normalisation weights are not decayed."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+
+
+class ParallelSection(Section):
+    """How a model is spread over workers; what is left of the world size is data parallel."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Workers that share each layer's matrices."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Stages that share the layers."""
+    sequence_parallel_size: int = Field(default=1, ge=1)
+    """Workers that share each sequence."""
+    expert_parallel_size: int = Field(default=1, ge=1)
+    """Workers that share the experts of a mixture-of-experts model."""
+
+
+class ZeroSection(Section):
+    """ZeRO (Rajbhandari et al., arXiv 1910.02054): which model states are sharded, and where they live."""
+
+    stage: Literal[0, 1, 2, 3] | None = None
+    """0: none; 1: optimizer states; 2: and gradients; 3: and parameters. Default: the DeepSpeed config's, or 2."""
+    offload_optimizer: Literal["none", "cpu"] | None = None
+    """Keep optimizer states in host memory."""
+    offload_param: Literal["none", "cpu"] | None = None
+    """Keep parameters in host memory (stage 3)."""
+
+
+class DeepSpeedSection(Section):
+    """The DeepSpeed JSON under the recipe."""
+
+    config: str | None = None
+    """A file, or the name of one in `deepspeed_configs/`; default: the one for zero.stage and its offload."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed keys laid over the file; a key that the pinned DeepSpeed does not know is an error."""
+
+
+class GenerationSection(Section):
+    """Samples written at each evaluation."""
+
+    prompts: tuple[str, ...] = ()
+    """Each one is continued by the model."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Tokens to generate."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0: greedy; otherwise sampling at this temperature."""
+
+
+class EvaluationSection(Section):
+    """Validation during training."""
+
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Evaluate every so many steps; the last step is evaluated in any case when there is validation data."""
+    max_eval_samples: int | None = Field(default=None, ge=1)
+    """At most so many validation samples, the first of them, at each evaluation."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without improvement of the loss."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    """An improvement smaller than this does not count."""
+    generate: GenerationSection = GenerationSection()
+    """Text to generate at each evaluation."""
+
+
+class CheckpointSection(Section):
+    """When the state is saved, and how much of it is kept."""
+
+    save_steps: int | None = Field(default=None, ge=1)
+    """Save every so many steps; the last step is saved in any case."""
+    save_total_limit: int | None = Field(default=2, ge=1)
+    """Keep the newest so many; null keeps all."""
+
+
+class LoggingSection(Section):
+    """What is recorded while training."""
+
+    logging_steps: int = Field(default=10, ge=1)
+    """Record loss, learning rate and throughput every so many steps."""
+    tensorboard: bool = True
+    """Write TensorBoard event files besides metrics.jsonl."""
+
+
+class ExportSection(Section):
+    """The Hugging Face folder written at the end."""
+
+    at_end: bool = True
+    """Export when the run completes; `zerofleet export` does it at any time."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Number format of the exported weights; default: training.precision."""
+
+
+class FaultToleranceSection(Section):
+    """What happens when a worker fails."""
+
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts from the last checkpoint before the run gives up."""
+
+
+class Recipe(Section):
+    """One training: what, from which data, for how long. It names no machine."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    """Names the run; the run directory is `runs/NAME` unless given."""
+    description: str = ""
+    """For people."""
+    task: Literal["causal_lm"] = "causal_lm"
+    """What the model learns to do."""
+    seed: int = Field(default=42, ge=0, lt=2**63)
+    """Of initial weights, sample order, split and dropout."""
+    model: ModelSection
+    tokenizer: TokenizerSection = TokenizerSection()
+    data: DataSection
+    training: TrainingSection
+    optimizer: OptimizerSection = OptimizerSection()
+    parallel: ParallelSection = ParallelSection()
+    zero: ZeroSection = ZeroSection()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+    export: ExportSection = ExportSection()
+    fault_tolerance: FaultToleranceSection = FaultToleranceSection()
+
+    @model_validator(mode="after")
+    def _tokenizer_has_an_origin(self) -> "Recipe":
+        loaded = self.tokenizer.tokenizer_name_or_path or self.model.model_name_or_path
+        if loaded is None and self.tokenizer.train is None:
+            raise ValueError("a model from config needs a tokenizer: set tokenizer.tokenizer_name_or_path or tokenizer.train")
+        return self

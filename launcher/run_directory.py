@@ -1,0 +1,139 @@
+"""The run directory: the contract between CLI, driver and workers. Every path in it is named here and nowhere else."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import RunDirectoryError
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside one run's directory.
+
+    Attributes:
+        path: absolute path of the directory.
+    """
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe (YAML), without secrets."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The plan (JSON): what the driver and the workers obey."""
+        return self.path / "plan.json"
+
+    @property
+    def deepspeed(self) -> Path:
+        """The exact DeepSpeed config (JSON), for people and for replaying by hand."""
+        return self.path / "deepspeed.json"
+
+    @property
+    def attempts(self) -> Path:
+        """One JSON object a worker group: when it started and ended, and why."""
+        return self.path / "attempts.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One JSON object a state change of the run, with its time."""
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a logged step or evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """Facts of a completed run (JSON); exists only once the run is complete."""
+        return self.path / "summary.json"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the driver's and the ranks' logs."""
+        return self.path / "logs"
+
+    @property
+    def driver_log(self) -> Path:
+        """The driver's log."""
+        return self.logs / "driver.log"
+
+    def rank_log(self, rank: int) -> Path:
+        """The log of one rank, appended to over attempts."""
+        return self.logs / f"rank_{rank:05d}.log"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints, `step_00001000/` each."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The Hugging Face folder."""
+        return self.path / "export"
+
+    def create(self) -> None:
+        """Make the directory and its folders.
+
+        Raises:
+            RunDirectoryError: it cannot be created or written.
+        """
+        try:
+            for folder in (self.path, self.logs, self.tensorboard, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise RunDirectoryError(
+                f"run directory {self.path} cannot be written: {error.strerror or error}; name another one with --run-dir"
+            ) from error
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Replace `path` by `content` so that a reader sees the old file or the new one, never a part."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+    ) as stream:
+        temporary = Path(stream.name)
+        try:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON object as a line, in one write, so that a reader never sees two writers' lines mixed."""
+    line = (json.dumps(record, separators=(",", ":"), default=str) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the objects of a JSON-lines file; a last line without its end (a writer was killed) is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            records.append(json.loads(line))
+    return records
