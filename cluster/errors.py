@@ -1,6 +1,7 @@
 """Errors that a user can act on. They are printed without a traceback and end the command with exit code 2."""
 
 from dataclasses import dataclass
+from typing import Self
 
 
 class ExpectedError(Exception):
@@ -37,6 +38,11 @@ class DocumentError(ExpectedError):
         self.problems = sorted(problems, key=lambda problem: (problem.line is None, problem.line or 0))
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in self.problems)]))
+
+    @classmethod
+    def single(cls, where: str, message: str, source: str = "recipe") -> Self:
+        """Make the error for one field that is only found wrong when it is used."""
+        return cls(source, [Problem(message, where)])
 
     def __reduce__(self) -> tuple[type["DocumentError"], tuple[str, list[Problem]]]:
         return type(self), (self.source, self.problems)

@@ -20,6 +20,11 @@ class RunDirectory:
 
     path: Path
 
+    @classmethod
+    def at(cls, path: str | Path) -> "RunDirectory":
+        """The run directory at a path, made absolute."""
+        return cls(Path(path).expanduser().absolute())
+
     @property
     def recipe(self) -> Path:
         """The resolved recipe (YAML), without secrets."""
@@ -34,6 +39,11 @@ class RunDirectory:
     def deepspeed(self) -> Path:
         """The exact DeepSpeed config (JSON), for people and for replaying by hand."""
         return self.path / "deepspeed.json"
+
+    @property
+    def data(self) -> Path:
+        """Where the prepared data is (JSON: directory, fingerprint)."""
+        return self.path / "data.json"
 
     @property
     def attempts(self) -> Path:

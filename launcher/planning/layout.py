@@ -12,6 +12,8 @@ class Resources(BaseModel):
         nodes: machines.
         workers_per_node: training processes on each.
         device: what a worker computes on; one GPU a worker for `cuda`.
+        cpus_per_worker: CPUs that Ray reserves for each.
+        environment_names: variables that the driver passes on to the workers; their values stay out of every file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -19,6 +21,8 @@ class Resources(BaseModel):
     nodes: int = 1
     workers_per_node: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
+    cpus_per_worker: float = 1.0
+    environment_names: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:

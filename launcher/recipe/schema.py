@@ -270,6 +270,8 @@ class LoggingSection(Section):
     """Record loss, learning rate and throughput every so many steps."""
     tensorboard: bool = True
     """Write TensorBoard event files besides metrics.jsonl."""
+    sample_ids: bool = False
+    """Write which samples each rank trained on at each step to `logs/samples_RANK.jsonl`."""
 
 
 class ExportSection(Section):

@@ -36,10 +36,6 @@ class Task(Protocol):
         """Build the model (random or pretrained weights, as the recipe says) in the recipe's precision."""
         ...
 
-    def dataset(self, split: str) -> Sequence[Sample]:
-        """The prepared samples of `train` or `validation`."""
-        ...
-
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into the tensors of one micro batch, on the host."""
         ...

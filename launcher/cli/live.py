@@ -1,0 +1,159 @@
+"""The console of a running run: one live line on a terminal, plain lines elsewhere, and the closing summary."""
+
+import sys
+import time
+from typing import Any
+
+from launcher.orchestration.supervisor import GroupStatus, RunState
+from launcher.planning.plan import Plan
+from launcher.run_directory import RunDirectory
+
+PLAIN_INTERVAL_S = 10.0
+
+
+def readable_bytes(count: float) -> str:
+    """`1.50 GiB` style."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+def readable_seconds(seconds: float) -> str:
+    """`1:02:03` or `02:03`."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes:02d}:{whole % 60:02d}"
+
+
+class LiveObserver:
+    """Shows a run: rewrites one line on a terminal; elsewhere writes a line when something new is known."""
+
+    def __init__(self, plan: Plan, run_directory: RunDirectory, *, quiet: bool = False) -> None:
+        self.plan = plan
+        self.run_directory = run_directory
+        self.quiet = quiet
+        self.stream = sys.stderr
+        self.live = self.stream.isatty()
+        self._shown = ""
+        self._last_plain = 0.0
+        self._last_record: dict[str, Any] = {}
+        self._steps: list[tuple[float, int]] = []
+
+    def event(self, state: RunState, facts: dict[str, Any]) -> None:
+        """Show a change of state."""
+        text = {
+            RunState.STARTING: f"data ready after {facts.get('seconds_to_prepare', 0)} s; starting Ray workers",
+            RunState.RUNNING: f"attempt {facts.get('attempt')}: {self.plan.layout.world_size} workers started",
+            RunState.RECOVERING: f"restarting from the last checkpoint (restart {facts.get('restart')})",
+            RunState.FAILED: f"failed: {facts.get('reason', '')}",
+        }.get(state)
+        if text:
+            self.message(text)
+
+    def message(self, text: str) -> None:
+        """Write a line that stays."""
+        with self.run_directory.driver_log.open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if not self.quiet:
+            self._clear()
+            self.stream.write(text + "\n")
+            self.stream.flush()
+
+    def progress(self, status: GroupStatus) -> None:
+        """Show the newest heartbeat of rank 0."""
+        beat = status.beats.get(0)
+        if beat is None or self.quiet:
+            return
+        line = self._line(beat.step, beat.max_steps, beat.metrics, beat.phase.value)
+        if self.live:
+            self._clear()
+            self.stream.write(line)
+            self.stream.flush()
+            self._shown = line
+        elif beat.metrics != self._last_record and time.monotonic() - self._last_plain >= PLAIN_INTERVAL_S:
+            self._last_plain, self._last_record = time.monotonic(), beat.metrics
+            self.stream.write(line + "\n")
+            self.stream.flush()
+
+    def _line(self, step: int, max_steps: int, metrics: dict[str, Any], phase: str) -> str:
+        if not max_steps:
+            return phase
+        parts = [f"step {step}/{max_steps}"]
+        formats = {
+            "loss": ("loss {:.4f}", 1),
+            "eval_loss": ("eval {:.4f}", 1),
+            "learning_rate": ("lr {:.2e}", 1),
+            "tokens_per_second": ("{:,.0f} tokens/s", 1),
+        }
+        for key, (form, _) in formats.items():
+            if metrics.get(key) is not None:
+                parts.append(form.format(metrics[key]))
+        if metrics.get("memory_bytes"):
+            parts.append(f"{readable_bytes(metrics['memory_bytes'])}/rank")
+        remaining = self._remaining(step, max_steps)
+        if remaining is not None:
+            parts.append(f"ETA {readable_seconds(remaining)}")
+        parts.append(phase)
+        return " | ".join(parts)
+
+    def _remaining(self, step: int, max_steps: int) -> float | None:
+        """Seconds to the end at the pace of the last looks (evaluation and saving included)."""
+        self._steps = [*self._steps[-240:], (time.monotonic(), step)]
+        (then, first), (now, last) = self._steps[0], self._steps[-1]
+        return (max_steps - last) * (now - then) / (last - first) if last > first else None
+
+    def _clear(self) -> None:
+        if self._shown:
+            self.stream.write("\r\x1b[2K")
+            self._shown = ""
+
+    def close(self) -> None:
+        """Leave the cursor on a fresh line."""
+        if self._shown:
+            self.stream.write("\n")
+            self.stream.flush()
+            self._shown = ""
+
+
+def print_summary(summary: dict[str, Any], plan: Plan, run_directory: RunDirectory) -> None:
+    """Print how a run ended, and what to do next."""
+    name = plan.recipe.name
+    if summary.get("already_complete"):
+        print(f"{name} is complete already ({summary['step']} steps): nothing to do. Start anew with another --run-dir.")
+    elif summary["status"] == "complete":
+        early = ", stopped early by the validation loss" if summary["early_stopped"] else ""
+        print(f"{name}: complete, {summary['step']} steps{early}, in {readable_seconds(summary['seconds'])}")
+    else:
+        print(f"{name}: stopped and saved at step {summary['step']}; the same command continues")
+    for label, text in _facts(summary):
+        print(f"  {label:<22}{text}")
+    print(f"  {'look at it with':<22}zerofleet tensorboard {_relative(run_directory)}")
+
+
+def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    facts = []
+    if summary.get("loss") is not None:
+        facts.append(("training loss", f"{summary['loss']:.4f}"))
+    if summary.get("eval_loss") is not None:
+        facts.append(("validation loss", f"{summary['eval_loss']:.4f} (perplexity {summary['eval_perplexity']:.2f})"))
+        if summary.get("unigram_loss") is not None:
+            gain = summary["unigram_loss"] - summary["eval_loss"]
+            side = "below" if gain >= 0 else "above"
+            facts.append(("unigram baseline", f"{summary['unigram_loss']:.4f} on the same tokens: {abs(gain):.2f} nats {side} it"))
+    if summary.get("tokens_per_second") is not None:
+        facts.append(("throughput", f"{summary['tokens_per_second']:,.0f} tokens/s"))
+    for key in ("checkpoint", "export", "tensorboard"):
+        if summary.get(key):
+            facts.append((key, summary[key]))
+    return facts
+
+
+def _relative(run_directory: RunDirectory) -> str:
+    from pathlib import Path
+
+    try:
+        return str(run_directory.path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(run_directory.path)

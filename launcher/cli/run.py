@@ -1,0 +1,90 @@
+"""`zerofleet run` and `zerofleet export`: train in the foreground, and turn a run into a Hugging Face folder."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launcher.cli.live import LiveObserver, print_summary
+from launcher.run_directory import RunDirectory
+
+INTERRUPTED = 130
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, laid over the recipe.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Where to run: a name or a file. Default: local.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/NAME.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Train a recipe in the foreground; continues from the newest checkpoint in the run directory.
+
+    Ctrl-C saves and stops; a second one stops at once. Exit code 0: complete, 2: something to mend, 130: stopped.
+    """
+    from cluster.profile import load_profile
+    from launcher.planning.plan import make_plan
+    from launcher.recipe.loading import load_recipe
+    from launcher.submit import resources_of, run_foreground
+
+    loaded = load_recipe(recipe, overrides or ())
+    where = load_profile(profile)
+    plan = make_plan(loaded, resources_of(where))
+    directory = RunDirectory.at(run_dir or Path("runs") / loaded.name)
+    observer = LiveObserver(plan, directory, quiet=as_json)
+    try:
+        summary = run_foreground(plan, where, directory, observer)
+    except KeyboardInterrupt:
+        observer.close()
+        print("interrupted: the workers were ended at once; the next run continues from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        observer.close()
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        print_summary(summary, plan, directory)
+    if summary["status"] != "complete":
+        raise typer.Exit(INTERRUPTED)
+
+
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory.")],
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write. Default: RUN/export.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. Default: the recipe's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write a run's checkpoint as a Hugging Face folder that `from_pretrained` loads."""
+    from launcher.errors import CheckpointError, ExpectedError
+    from launcher.orchestration.driver import read_plan
+    from launcher.training import manifest as manifests
+
+    directory = RunDirectory.at(run_dir)
+    plan = read_plan(directory)
+    folders = {int(path.name.removeprefix("step_")): path for path in manifests.complete(directory.checkpoints)}
+    if not folders:
+        raise CheckpointError(f"{directory.checkpoints} holds no complete checkpoint")
+    chosen = max(folders) if step is None else step
+    if chosen not in folders:
+        raise CheckpointError(f"no complete checkpoint of step {step}; there are steps {', '.join(map(str, sorted(folders)))}")
+    if dtype is not None:
+        if dtype not in ("fp32", "bf16", "fp16"):
+            raise ExpectedError(f"--dtype {dtype}: use fp32, bf16 or fp16")
+        section = plan.recipe.export.model_copy(update={"dtype": dtype})
+        plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"export": section})})
+    tokenizer = Path(_data_location(directory)["tokenizer_directory"])
+    from launcher.training.export import export_checkpoint
+
+    target = export_checkpoint(folders[chosen], plan, tokenizer, (output or directory.export).absolute())
+    if as_json:
+        print(json.dumps({"step": chosen, "export": str(target)}))
+    else:
+        print(f"step {chosen} -> {target}")
+
+
+def _data_location(directory: RunDirectory) -> dict[str, Any]:
+    location: dict[str, Any] = json.loads(directory.data.read_text())
+    return location

@@ -1,0 +1,147 @@
+"""Models from a config (random weights) or from pretrained weights, as `transformers` classes."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.initialization import guard_torch_init_functions, no_init_weights
+
+from launcher.errors import ModelError
+from launcher.planning.model_shape import effective_model_config
+from launcher.planning.plan import Plan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_config(plan: Plan) -> Any:
+    """Return the transformers config of the plan's model.
+
+    Raises:
+        ModelError: transformers refuses it; the text holds its reason.
+    """
+    model = plan.recipe.model
+    try:
+        if model.model_name_or_path is not None:
+            return AutoConfig.from_pretrained(model.model_name_or_path)
+        fields = dict(effective_model_config(plan.recipe))
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except Exception as error:
+        origin = model.model_name_or_path or "model.config"
+        raise ModelError(f"transformers refuses {origin}: {type(error).__name__}: {error}") from error
+
+
+def build_model(plan: Plan, auto_class: Any) -> PreTrainedModel:
+    """Build the plan's model with weights.
+
+    Random weights are a function of (seed, module name) alone: equal for every ZeRO stage and every layout, because each
+    module is initialised under its own seed, with only its own parameters gathered.
+
+    Args:
+        plan: names the model, its precision and the ZeRO stage.
+        auto_class: the transformers auto class of the task, such as `AutoModelForCausalLM`.
+
+    Returns:
+        The model: fp32 weights from a config (DeepSpeed casts them), on the host; partitioned already under ZeRO 3.
+
+    Raises:
+        ModelError: transformers refuses the model.
+    """
+    config = build_config(plan)
+    attention = plan.recipe.model.attn_implementation
+    try:
+        if plan.recipe.model.model_name_or_path is not None:
+            model = _pretrained(plan, auto_class, config, attention)
+        else:
+            model = _from_scratch(plan, auto_class, config, attention)
+    except (ValueError, TypeError, ImportError, OSError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        raise ModelError(f"transformers cannot build the model: {type(error).__name__}: {error}") from error
+    model.config.use_cache = False
+    if plan.recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _from_scratch(plan: Plan, auto_class: Any, config: Any, attention: str) -> PreTrainedModel:
+    with ExitStack() as stack:
+        stack.enter_context(no_init_weights())
+        if plan.zero_stage == 3:
+            import deepspeed
+
+            stack.enter_context(deepspeed.zero.Init(config_dict_or_path=plan.deepspeed_config))
+        model: PreTrainedModel = auto_class.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    initialize_weights(model, plan.recipe.seed, partitioned=plan.zero_stage == 3)
+    model.tie_weights()
+    return model
+
+
+def _pretrained(plan: Plan, auto_class: Any, config: Any, attention: str) -> PreTrainedModel:
+    if plan.zero_stage == 3:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        # transformers looks at a module-level weak reference to this object; it partitions while loading as long as it lives.
+        keep = HfDeepSpeedConfig(plan.deepspeed_config)
+    else:
+        keep = None
+    model: PreTrainedModel = auto_class.from_pretrained(
+        plan.recipe.model.model_name_or_path,
+        config=config,
+        attn_implementation=attention,
+        dtype=DTYPES[plan.recipe.training.precision],
+        trust_remote_code=False,
+    )
+    del keep
+    return model
+
+
+def initialize_weights(model: PreTrainedModel, seed: int, *, partitioned: bool) -> None:
+    """Give every module its transformers initialisation, each under a seed made of `seed` and the module's name.
+
+    Children come before their parents, as in `PreTrainedModel.initialize_weights`, because some families rescale a
+    child's weight in the parent (GPT-2's residual projections).
+
+    Args:
+        model: built with initialisation suppressed.
+        seed: of the recipe.
+        partitioned: the parameters are ZeRO-3 shards: gather each module's own and its children's, on all ranks.
+    """
+    state = torch.random.get_rng_state()
+    with torch.no_grad(), guard_torch_init_functions():
+        for name, module, owner in _post_order(model, "", model):
+            torch.manual_seed(_module_seed(seed, name))
+            with _gathered(module, partitioned) as writable:
+                if writable:
+                    owner._initialize_weights(module)
+    torch.random.set_rng_state(state)
+
+
+def _module_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _post_order(
+    module: nn.Module, name: str, owner: PreTrainedModel
+) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+    for child_name, child in module.named_children():
+        child_owner = child if isinstance(child, PreTrainedModel) else owner
+        yield from _post_order(child, f"{name}.{child_name}" if name else child_name, child_owner)
+    yield name, module, owner
+
+
+@contextmanager
+def _gathered(module: nn.Module, partitioned: bool) -> Iterator[bool]:
+    """Gather a module's own and its direct children's parameters; yields whether this rank writes them."""
+    parameters = [*module.parameters(recurse=False)]
+    for child in module.children():
+        if not isinstance(child, PreTrainedModel):
+            parameters.extend(child.parameters(recurse=False))
+    if not partitioned or not parameters:
+        yield True
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        yield torch.distributed.get_rank() == 0

@@ -1,0 +1,288 @@
+"""The driver: brings the run in a run directory to its end on the Ray cluster in RAY_ADDRESS.
+
+Replay any job by hand: ``RAY_ADDRESS=... python -m launcher.orchestration.driver RUN_DIR``.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import FrameType
+from typing import Any, Protocol
+
+from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
+from launcher.orchestration.failure import FailureKind, FailurePolicy
+from launcher.orchestration.supervisor import GroupStatus, RunState, Supervisor
+from launcher.planning.plan import Plan
+from launcher.run_directory import RunDirectory, append_json_line, write_atomically
+from launcher.training import manifest as manifests
+
+CONNECT_TIMEOUT_S = 60.0
+
+
+class Observer(Protocol):
+    """Whoever shows a run to a person."""
+
+    def event(self, state: RunState, facts: dict[str, Any]) -> None:
+        """The run changed its state."""
+        ...
+
+    def message(self, text: str) -> None:
+        """Something to know, a line."""
+        ...
+
+    def progress(self, status: GroupStatus) -> None:
+        """A look at the workers; called about twice a second."""
+        ...
+
+
+class PlainObserver:
+    """Lines on a stream, for a driver that nobody watches live."""
+
+    def event(self, state: RunState, facts: dict[str, Any]) -> None:
+        """Write the state and its facts."""
+        sys.stdout.write(f"{time.strftime('%H:%M:%S')} {state.value} {json.dumps(facts, default=str)}\n")
+        sys.stdout.flush()
+
+    def message(self, text: str) -> None:
+        """Write the line."""
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def progress(self, status: GroupStatus) -> None:
+        """Write nothing: metrics.jsonl has it."""
+
+
+def read_plan(run_directory: RunDirectory) -> Plan:
+    """Read the plan that a run directory holds.
+
+    Raises:
+        RunDirectoryError: there is none, or another version wrote it.
+    """
+    try:
+        return Plan.model_validate_json(run_directory.plan.read_bytes())
+    except FileNotFoundError as error:
+        raise RunDirectoryError(f"{run_directory.path} holds no plan.json: it is no run directory") from error
+    except ValueError as error:
+        raise RunDirectoryError(
+            f"{run_directory.plan} cannot be read by this version; start the run again with its recipe: {error}"
+        ) from error
+
+
+def completed_summary(run_directory: RunDirectory, plan: Plan) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do under this plan, or None."""
+    if not run_directory.summary.exists():
+        return None
+    summary: dict[str, Any] = json.loads(run_directory.summary.read_text())
+    training = plan.recipe.training
+    wanted = {"max_steps": training.max_steps, "num_train_epochs": training.num_train_epochs}
+    return summary if summary["length"] == wanted else None
+
+
+def drive(run_directory: RunDirectory, observer: Observer) -> dict[str, Any]:
+    """Prepare data, connect, supervise; returns the summary.
+
+    Raises:
+        ExpectedError: what a person must change; `TrainingError` holds the failing rank's traceback.
+    """
+    plan = read_plan(run_directory)
+    started = time.time()
+
+    def on_event(state: RunState, facts: dict[str, Any]) -> None:
+        append_json_line(run_directory.events, {"time": round(time.time(), 3), "state": state.value, **facts})
+        observer.event(state, facts)
+
+    prepared = _prepare(plan, run_directory, observer)
+    _check_checkpoint(plan, run_directory, prepared.fingerprint, observer)
+    on_event(RunState.STARTING, {"seconds_to_prepare": round(time.time() - started, 2)})
+    connect()
+    supervisor = _supervise(plan, run_directory, observer, on_event)
+    if supervisor.state is RunState.FAILED:
+        cause = supervisor.cause
+        if cause is not None and cause.kind is FailureKind.EXPECTED:
+            raise TrainingError(cause.message)
+        raise TrainingError(f"{supervisor.failure_text}\nThe run is not restarted. Logs: {run_directory.logs}")
+    result = supervisor.status.results[0] if supervisor.status.results else {}
+    timeline = supervisor.status.beats[0].timeline if 0 in supervisor.status.beats else {}
+    summary = _summary(plan, run_directory, supervisor, result, started, timeline, prepared)
+    if supervisor.state is RunState.COMPLETE:
+        write_atomically(run_directory.summary, json.dumps(summary, indent=1))
+    return summary
+
+
+def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any:
+    from launcher.data.prepare import prepare
+
+    prepared = prepare(plan.recipe, progress=sys.stderr.isatty())
+    write_atomically(
+        run_directory.data,
+        json.dumps(
+            {
+                "directory": str(prepared.directory),
+                "fingerprint": prepared.fingerprint,
+                "tokenizer_directory": str(prepared.tokenizer_directory),
+            },
+            indent=1,
+        ),
+    )
+    return prepared
+
+
+def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str, observer: Observer) -> None:
+    """Before any worker starts: remove what interrupted saves left, refuse a checkpoint of another recipe."""
+    for name in manifests.remove_incomplete(run_directory.checkpoints):
+        observer.message(f"removed {name}, left by an interrupted save")
+    folders = manifests.complete(run_directory.checkpoints)
+    if folders:
+        manifest = manifests.read_manifest(folders[-1])
+        manifests.check_resumable(manifest, plan, fingerprint, folders[-1])
+        observer.message(f"resuming from {folders[-1].name}")
+
+
+def connect() -> None:
+    """Join the Ray cluster in RAY_ADDRESS, waiting for one that is just starting.
+
+    Raises:
+        ResourceError: there is no address, or nothing answers.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise ResourceError("RAY_ADDRESS is not set: the driver joins a Ray cluster and starts none")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    import ray
+
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+            return
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if time.monotonic() > deadline:
+                raise ResourceError(
+                    f"no Ray cluster answers at {address} within {CONNECT_TIMEOUT_S:.0f} s: {error}"
+                ) from error
+            time.sleep(0.2)
+
+
+def _supervise(
+    plan: Plan,
+    run_directory: RunDirectory,
+    observer: Observer,
+    on_event: Callable[[RunState, dict[str, Any]], None],
+) -> Supervisor:
+    from launcher.orchestration.worker_group import GroupShape, WorkerGroup
+
+    shape = GroupShape(
+        nodes=plan.resources.nodes,
+        workers_per_node=plan.resources.workers_per_node,
+        cpus_per_worker=plan.resources.cpus_per_worker,
+        device=plan.resources.device,
+        environment={name: os.environ[name] for name in plan.resources.environment_names if name in os.environ},
+    )
+    group = WorkerGroup(run_directory, shape)
+    policy = FailurePolicy(plan.recipe.fault_tolerance.max_restarts)
+    attempt: dict[str, Any] = {}
+
+    def record(state: RunState, facts: dict[str, Any]) -> None:
+        on_event(state, facts)
+        if state is RunState.RUNNING:
+            attempt.update(attempt=facts["attempt"], started=time.time(), workers=group.placements)
+        elif attempt and (state.is_final or state is RunState.RECOVERING):
+            append_json_line(
+                run_directory.attempts, {**attempt, "ended": time.time(), "outcome": state.value, "facts": facts}
+            )
+            attempt.clear()
+        if state in (RunState.RECOVERING, RunState.FAILED) and supervisor.failure_text:
+            observer.message(supervisor.failure_text)
+
+    supervisor = Supervisor(group, policy, time.monotonic, time.sleep, record)
+    try:
+        with _interrupts(supervisor, observer):
+            while not supervisor.step().is_final:
+                observer.progress(supervisor.status)
+            observer.progress(supervisor.status)
+    finally:
+        group.stop()
+    return supervisor
+
+
+@contextmanager
+def _interrupts(supervisor: Supervisor, observer: Observer) -> Iterator[None]:
+    """First Ctrl-C or SIGTERM: save and end at the next step. Second: end at once."""
+    seen = 0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            raise KeyboardInterrupt
+        supervisor.request_stop()
+        observer.message("stopping: the workers save after this step (interrupt again to end at once)")
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _summary(
+    plan: Plan,
+    run_directory: RunDirectory,
+    supervisor: Supervisor,
+    result: dict[str, Any],
+    started: float,
+    timeline: dict[str, float],
+    prepared: Any,
+) -> dict[str, Any]:
+    from launcher.data.store import unigram_loss
+
+    training = plan.recipe.training
+    metrics = result.get("metrics", {})
+    baseline = None
+    if metrics.get("eval_loss") is not None:
+        baseline = unigram_loss(prepared, plan.recipe.evaluation.max_eval_samples)
+    export = run_directory.export if (run_directory.export / "config.json").exists() else None
+    return {
+        "status": supervisor.state.value,
+        "length": {"max_steps": training.max_steps, "num_train_epochs": training.num_train_epochs},
+        "step": result.get("step", 0),
+        "consumed_samples": result.get("consumed_samples", 0),
+        "early_stopped": result.get("early_stopped", False),
+        "attempts": supervisor.attempt,
+        "loss": metrics.get("loss"),
+        "eval_loss": metrics.get("eval_loss"),
+        "eval_perplexity": metrics.get("eval_perplexity"),
+        "unigram_loss": baseline,
+        "tokens_per_second": metrics.get("tokens_per_second"),
+        "seconds": round(time.time() - started, 2),
+        "timeline": {name: round(moment - started, 2) for name, moment in timeline.items()},
+        "checkpoint": str(folders[-1]) if (folders := manifests.complete(run_directory.checkpoints)) else None,
+        "export": str(export) if export else None,
+        "tensorboard": str(run_directory.tensorboard),
+        "last_beats": [asdict(beat) for beat in supervisor.status.beats.values()],
+    }
+
+
+def main() -> int:
+    """Drive the run directory named on the command line."""
+    if len(sys.argv) != 2:
+        sys.stderr.write("usage: python -m launcher.orchestration.driver RUN_DIR\n")
+        return 2
+    try:
+        summary = drive(RunDirectory.at(sys.argv[1]), PlainObserver())
+    except ExpectedError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0 if summary["status"] == RunState.COMPLETE.value else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

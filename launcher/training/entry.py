@@ -1,0 +1,16 @@
+"""From a run directory to one rank's training; imported once the worker's environment is set."""
+
+import json
+from pathlib import Path
+
+from launcher.data.store import PreparedData
+from launcher.planning.plan import Plan
+from launcher.training.context import WorkerContext
+from launcher.training.loop import TrainResult, train
+
+
+def run_rank(context: WorkerContext) -> TrainResult:
+    """Train one rank of the run in `context.run_directory`, whose plan and data the driver has written there."""
+    plan = Plan.model_validate_json(context.run_directory.plan.read_bytes())
+    location = json.loads(context.run_directory.data.read_text())
+    return train(plan, context, PreparedData.load(Path(location["directory"])))

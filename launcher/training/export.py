@@ -1,0 +1,85 @@
+"""From a checkpoint to a Hugging Face folder that `from_pretrained` loads."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from launcher.errors import CheckpointError, StorageError
+from launcher.models.build import DTYPES, build_config
+from launcher.planning.plan import Plan
+from launcher.training.manifest import read_manifest
+
+AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM}
+
+
+def consolidated_state_dict(folder: Path, zero_stage: int) -> dict[str, Any]:
+    """Read a checkpoint's whole weights on the host, in fp32 where the checkpoint has fp32 ones.
+
+    Args:
+        folder: of a complete checkpoint.
+        zero_stage: of the engine that saved it.
+    """
+    if zero_stage == 0:
+        states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        module: dict[str, Any] = states["module"]
+        return module
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    merged: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    return merged
+
+
+def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, target: Path) -> Path:
+    """Write a checkpoint as a Hugging Face folder: safetensors, config, generation config, tokenizer.
+
+    The folder appears whole or not at all; one that is there already is replaced.
+
+    Args:
+        folder: of a complete checkpoint.
+        plan: of the run.
+        tokenizer_directory: the run's tokenizer.
+        target: the folder to make.
+
+    Raises:
+        CheckpointError: the weights do not fit the plan's model.
+        StorageError: the folder cannot be written.
+    """
+    manifest = read_manifest(folder)
+    state = consolidated_state_dict(folder, manifest.zero_stage)
+    dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
+    config = build_config(plan)
+    config.use_cache = True
+    with torch.device("meta"):
+        model = AUTO_CLASSES[plan.recipe.task].from_config(config, dtype=dtype)
+    # Tied weights may be absent from the state (one copy is stored); everything else must match.
+    tied = set(model.all_tied_weights_keys)
+    mismatch = (set(model.state_dict()) ^ set(state)) - tied
+    if mismatch:
+        raise CheckpointError(f"checkpoint {folder} does not hold the plan's model; differing names: {sorted(mismatch)[:5]}")
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
+    model.tie_weights()
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
+    generation = model.generation_config or GenerationConfig()
+    generation.bos_token_id = tokenizer.bos_token_id
+    generation.eos_token_id = tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = generation
+    _write(model, tokenizer, target)
+    return target
+
+
+def _write(model: Any, tokenizer: Any, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    except (OSError, RuntimeError) as error:
+        raise StorageError(f"export to {target} failed: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,271 @@
+"""Training, as one rank does it: fetch, forward, backward, step, report, evaluate, save."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from launcher.data.loader import BatchLoader, StepBatch
+from launcher.data.sampler import GlobalOrder
+from launcher.data.store import PreparedData
+from launcher.planning.plan import Plan
+from launcher.run_directory import append_json_line, read_json_lines
+from launcher.tasks import TASKS, Task
+from launcher.training import manifest as manifests
+from launcher.training.checkpoint import CheckpointManager, Progress
+from launcher.training.context import Phase, WorkerContext
+from launcher.training.distributed import Agreement, join_process_group, max_over_ranks, sum_over_ranks
+from launcher.training.engine import build_engine, total_steps
+from launcher.training.evaluation import Evaluation, evaluate, generate
+from launcher.training.export import export_checkpoint
+from launcher.training.monitor import Monitor, Throughput, memory_bytes
+from launcher.training.upstream import step_and_norm, to_device
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a rank's training ended.
+
+    Attributes:
+        status: `complete` (all steps made, or stopped early by the validation loss) or `stopped` (asked to, and saved).
+        step: optimizer steps completed.
+        consumed_samples: samples trained on.
+        early_stopped: the validation loss ended it.
+        metrics: the last logged metrics, and the last evaluation's.
+    """
+
+    status: Literal["complete", "stopped"]
+    step: int
+    consumed_samples: int
+    early_stopped: bool
+    metrics: dict[str, Any]
+
+
+@dataclass
+class Session:
+    """Everything one rank holds while it trains."""
+
+    plan: Plan
+    context: WorkerContext
+    device: torch.device
+    task: Task
+    prepared: PreparedData
+    engine: Any
+    checkpoints: CheckpointManager
+    progress: Progress
+    max_steps: int
+    monitor: Monitor | None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step measured; `loss_sum` is this rank's, a float64 scalar on the device (reading it would wait for it)."""
+
+    loss_sum: torch.Tensor
+    num_targets: int
+    grad_norm: float | None
+    learning_rate: float
+    stop: bool
+
+
+def train(plan: Plan, context: WorkerContext, prepared: PreparedData) -> TrainResult:
+    """Train from the newest checkpoint (or the start) to the end, on this rank.
+
+    Args:
+        plan: of the run.
+        context: this rank's place in it.
+        prepared: the data, on a file system that this rank sees.
+
+    Returns:
+        How it ended; the same on every rank but for the metrics, which only rank 0 has.
+    """
+    session = open_session(plan, context, prepared)
+    progress, heartbeat = session.progress, context.heartbeat
+    throughput = Throughput()
+    loader = _train_loader(session)
+    stop = False
+    try:
+        while not _finished(session) and not stop:
+            heartbeat.enter(Phase.DATA)
+            throughput.step_begins()
+            step_batch = next(loader)
+            report = train_step(session, step_batch)
+            throughput.step_ends(plan.batch.global_batch_size)
+            progress.step += 1
+            progress.consumed_samples = step_batch.consumed_samples
+            heartbeat.step = progress.step
+            heartbeat.mark("first_step")
+            stop = report.stop
+            _after_step(session, step_batch, report, throughput)
+    finally:
+        loader.close()
+    return _finish(session, stopped=not _finished(session))
+
+
+def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData) -> Session:
+    """Join the process group, build model and engine, and load the newest checkpoint."""
+    heartbeat = context.heartbeat
+    heartbeat.enter(Phase.RENDEZVOUS)
+    device = join_process_group(plan.resources.device, context.local_rank)
+    heartbeat.enter(Phase.ENGINE)
+    task: Task = TASKS[plan.recipe.task](plan)
+    samples = sum(len(dataset) for dataset in prepared.split("train"))
+    max_steps = total_steps(plan.recipe.training, samples, plan.batch.global_batch_size)
+    torch.manual_seed(plan.recipe.seed)
+    engine = build_engine(plan, task.build_model(), max_steps)
+    heartbeat.enter(Phase.LOAD)
+    checkpoints = CheckpointManager(context.run_directory.checkpoints, plan, prepared.fingerprint)
+    progress = checkpoints.load(engine)
+    heartbeat.step, heartbeat.max_steps = progress.step, max_steps
+    monitor = Monitor(plan, context.run_directory, progress.step, device) if context.rank == 0 else None
+    return Session(plan, context, device, task, prepared, engine, checkpoints, progress, max_steps, monitor)
+
+
+def _train_loader(session: Session) -> BatchLoader:
+    plan = session.plan
+    datasets = session.prepared.split("train")
+    order = GlobalOrder(
+        [len(dataset) for dataset in datasets],
+        [source.weight for source in plan.recipe.data.sources],
+        seed=plan.recipe.seed,
+        shuffle=True,
+    )
+    return BatchLoader(
+        datasets,
+        order,
+        plan.batch,
+        data_parallel_rank=session.context.rank,
+        data_parallel_size=plan.layout.data_parallel_size,
+        collate=session.task.collate,
+        consumed_samples=session.progress.consumed_samples,
+    )
+
+
+def train_step(session: Session, step_batch: StepBatch) -> StepReport:
+    """Make one optimizer step on this rank's part of a global batch.
+
+    The loss is `sum over all targets of all ranks / their count`: each micro batch's sum is divided by the global count and
+    multiplied by the data-parallel size, because DeepSpeed averages gradients over data-parallel ranks.
+    """
+    engine, task, heartbeat = session.engine, session.task, session.context.heartbeat
+    learning_rate = float(engine.get_lr()[0])
+    torch.manual_seed(_step_seed(session.plan.recipe.seed, session.progress.step, session.context.rank))
+    micro_batches = step_batch.micro_batches
+    agreement = Agreement(
+        sum(task.num_targets(batch) for batch in micro_batches), session.context.stop.is_set(), session.device
+    )
+    loss_sum = torch.zeros((), dtype=torch.float64, device=session.device)
+    num_targets, stop, grad_norm = 0, False, None
+    for index, host_batch in enumerate(micro_batches):
+        heartbeat.enter(Phase.FORWARD)
+        output = task.loss(engine, to_device(host_batch, session.device))
+        if index == 0:
+            num_targets, stop = agreement.read()
+        heartbeat.enter(Phase.BACKWARD)
+        scale = session.plan.layout.data_parallel_size / max(num_targets, 1)
+        engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
+        heartbeat.enter(Phase.OPTIMIZER)
+        if index + 1 == len(micro_batches):
+            grad_norm = step_and_norm(engine, session.plan.zero_stage, session.plan.recipe.training.precision)
+        else:
+            engine.step()
+        loss_sum += output.loss_sum.detach()
+    return StepReport(loss_sum, num_targets, grad_norm, learning_rate, stop)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of one rank's randomness (dropout) in one step: resuming needs no generator state, and ranks differ."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _after_step(session: Session, step_batch: StepBatch, report: StepReport, throughput: Throughput) -> None:
+    recipe, progress = session.plan.recipe, session.progress
+    if recipe.logging.sample_ids:
+        path = session.context.run_directory.logs / f"samples_{session.context.rank:05d}.jsonl"
+        append_json_line(path, {"step": progress.step, "sample_ids": step_batch.sample_ids.tolist()})
+    if progress.step % recipe.logging.logging_steps == 0 or progress.step == 1 or _finished(session):
+        _log(session, report, throughput)
+    due = recipe.evaluation.eval_steps is not None and progress.step % recipe.evaluation.eval_steps == 0
+    if due or progress.step >= session.max_steps:
+        _evaluate(session)
+    save_steps = recipe.checkpoint.save_steps
+    if (save_steps is not None and progress.step % save_steps == 0) or _finished(session) or report.stop:
+        session.context.heartbeat.enter(Phase.SAVE)
+        session.checkpoints.save(session.engine, progress)
+
+
+def _finished(session: Session) -> bool:
+    patience = session.plan.recipe.evaluation.early_stopping_patience
+    early = patience is not None and session.progress.evaluations_without_improvement >= patience
+    return early or session.progress.step >= session.max_steps
+
+
+def _log(session: Session, report: StepReport, throughput: Throughput) -> None:
+    (loss_sum,) = sum_over_ranks(float(report.loss_sum), device=session.device)
+    memory = max_over_ranks(memory_bytes(session.device), session.device)
+    if session.monitor is None:
+        return
+    values: dict[str, Any] = {
+        "loss": loss_sum / max(report.num_targets, 1),
+        "learning_rate": report.learning_rate,
+        "grad_norm": report.grad_norm,
+        "consumed_samples": session.progress.consumed_samples,
+        "memory_bytes": int(memory),
+    }
+    values |= session.monitor.rates(throughput)
+    session.context.heartbeat.metrics = session.monitor.record(session.progress.step, values)
+
+
+def _evaluate(session: Session) -> Evaluation | None:
+    datasets = session.prepared.split("validation")
+    if not any(len(dataset) for dataset in datasets):
+        return None
+    session.context.heartbeat.enter(Phase.EVALUATE)
+    settings, progress = session.plan.recipe.evaluation, session.progress
+    result = evaluate(session.engine, session.task, datasets, session.plan, session.context.rank, session.device)
+    best = progress.best_eval_loss
+    if best is None or result.loss < best - settings.early_stopping_threshold:
+        progress.best_eval_loss, progress.evaluations_without_improvement = result.loss, 0
+    else:
+        progress.evaluations_without_improvement += 1
+    texts = generate(
+        session.engine,
+        session.plan,
+        session.prepared.tokenizer_directory,
+        progress.step,
+        session.device,
+        session.context.rank,
+    )
+    if session.monitor is not None:
+        values = {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_targets": result.num_targets}
+        record = session.monitor.record(progress.step, values)
+        session.context.heartbeat.metrics = {**session.context.heartbeat.metrics, **record}
+        session.monitor.record_texts(progress.step, texts)
+    dist.barrier()
+    return result
+
+
+def _finish(session: Session, *, stopped: bool) -> TrainResult:
+    plan, progress, run_directory = session.plan, session.progress, session.context.run_directory
+    if session.context.rank == 0 and not stopped and plan.recipe.export.at_end:
+        session.context.heartbeat.enter(Phase.EXPORT)
+        newest = manifests.complete(run_directory.checkpoints)[-1]
+        export_checkpoint(newest, plan, session.prepared.tokenizer_directory, run_directory.export)
+    metrics: dict[str, Any] = {}
+    if session.monitor is not None:
+        session.monitor.close()
+        for record in read_json_lines(run_directory.metrics):
+            metrics |= record
+    dist.barrier()
+    session.context.heartbeat.enter(Phase.DONE)
+    session.engine.destroy()
+    dist.destroy_process_group()
+    return TrainResult(
+        status="stopped" if stopped else "complete",
+        step=progress.step,
+        consumed_samples=progress.consumed_samples,
+        early_stopped=not stopped and progress.step < session.max_steps,
+        metrics=metrics,
+    )

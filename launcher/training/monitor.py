@@ -1,0 +1,170 @@
+"""What a run records: `metrics.jsonl` and TensorBoard event files, written by rank 0."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from launcher.planning.accelerators import model_flops_per_token, peak_flops
+from launcher.planning.plan import Plan
+from launcher.recipe.loading import dump_recipe
+from launcher.run_directory import RunDirectory, append_json_line, read_json_lines, write_atomically
+
+TENSORBOARD_TAGS = {
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "epoch": "train/epoch",
+    "tokens_per_second": "performance/tokens_per_second",
+    "samples_per_second": "performance/samples_per_second",
+    "step_seconds": "performance/step_seconds",
+    "model_flops_per_second": "performance/model_flops_per_second",
+    "mfu": "performance/mfu",
+    "memory_bytes": "performance/memory_bytes",
+    "eval_loss": "evaluation/loss",
+    "eval_perplexity": "evaluation/perplexity",
+}
+"""Key in metrics.jsonl -> TensorBoard tag."""
+
+
+class Throughput:
+    """Samples and seconds of training proper since the last reading; evaluation and saving are taken out."""
+
+    def __init__(self) -> None:
+        self._samples = 0
+        self._steps = 0
+        self._seconds = 0.0
+        self._started = time.perf_counter()
+
+    def step_begins(self) -> None:
+        """Start the clock of a step."""
+        self._started = time.perf_counter()
+
+    def step_ends(self, samples: int) -> None:
+        """Count a step of so many samples."""
+        self._seconds += time.perf_counter() - self._started
+        self._samples += samples
+        self._steps += 1
+
+    def read(self) -> tuple[float, float]:
+        """(samples per second, seconds per step) since the last reading."""
+        samples, steps, seconds = self._samples, self._steps, self._seconds
+        self._samples, self._steps, self._seconds = 0, 0, 0.0
+        return (samples / seconds, seconds / steps) if steps and seconds > 0 else (math.nan, math.nan)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes allocated on a GPU, or this process's resident bytes on CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+class Monitor:
+    """Rank 0's recorder; on other ranks nothing makes one.
+
+    Args:
+        plan: of the run.
+        run_directory: of the run.
+        step: where the run resumes: records of later steps, which will be made again, are dropped.
+        device: of rank 0, whose peak FLOP/s decide whether there is an MFU.
+    """
+
+    def __init__(self, plan: Plan, run_directory: RunDirectory, step: int, device: torch.device) -> None:
+        self.plan = plan
+        self.path = run_directory.metrics
+        self.tokens_per_sample = plan.recipe.data.sequence_length
+        self._drop_after(step)
+        self._flops_per_sample: float | None = None
+        self._peak_flops: float | None = None
+        if plan.model is not None:
+            per_token = model_flops_per_token(plan.model, plan.recipe.data.sequence_length)
+            self._flops_per_sample = float(per_token) * self.tokens_per_sample
+        if device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(device), plan.recipe.training.precision)
+            self._peak_flops = None if peak is None else peak * plan.layout.world_size
+        self._writer = self._open_writer(run_directory.tensorboard, step) if plan.recipe.logging.tensorboard else None
+
+    def _drop_after(self, step: int) -> None:
+        records = read_json_lines(self.path)
+        kept = [record for record in records if record["step"] <= step]
+        if len(kept) < len(records) or (self.path.exists() and not self.path.read_bytes().endswith(b"\n")):
+            write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def _open_writer(self, folder: Path, step: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        if step == 0:
+            writer.add_text("recipe", f"```yaml\n{dump_recipe(self.plan.recipe)}\n```", 0)
+            writer.add_text("deepspeed", f"```json\n{json.dumps(self.plan.deepspeed_config, indent=2)}\n```", 0)
+            self._write_hyperparameters(writer)
+        return writer
+
+    def _write_hyperparameters(self, writer: Any) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        training = self.plan.recipe.training
+        values = {
+            "learning_rate": training.learning_rate,
+            "lr_scheduler_type": training.lr_scheduler_type,
+            "global_batch_size": self.plan.batch.global_batch_size,
+            "weight_decay": self.plan.recipe.optimizer.weight_decay,
+            "sequence_length": self.plan.recipe.data.sequence_length,
+            "precision": training.precision,
+            "zero_stage": self.plan.zero_stage,
+            "world_size": self.plan.layout.world_size,
+            "seed": self.plan.recipe.seed,
+            "parameters": self.plan.model.num_parameters if self.plan.model else 0,
+        }
+        for summary in hparams(values, {TENSORBOARD_TAGS["eval_loss"]: 0, TENSORBOARD_TAGS["loss"]: 0}):
+            writer.file_writer.add_summary(summary)
+
+    def rates(self, throughput: Throughput) -> dict[str, float]:
+        """Tokens, samples and model FLOPs per second since the last reading, and MFU where the device's peak is known."""
+        samples_per_second, step_seconds = throughput.read()
+        rates = {
+            "tokens_per_second": samples_per_second * self.tokens_per_sample,
+            "samples_per_second": samples_per_second,
+            "step_seconds": step_seconds,
+        }
+        if self._flops_per_sample is not None:
+            rates["model_flops_per_second"] = samples_per_second * self._flops_per_sample
+            if self._peak_flops is not None:
+                rates["mfu"] = rates["model_flops_per_second"] / self._peak_flops
+        return rates
+
+    def record(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Write one record to metrics.jsonl and its numbers to TensorBoard; returns the record.
+
+        Numbers that JSON has no name for (NaN, infinities) are written as null.
+        """
+        record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        record |= {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        append_json_line(self.path, record)
+        if self._writer is not None:
+            for key, tag in TENSORBOARD_TAGS.items():
+                if values.get(key) is not None:
+                    self._writer.add_scalar(tag, values[key], step)
+        return record
+
+    def record_texts(self, step: int, texts: dict[str, str]) -> None:
+        """Write generated samples, continuation by prompt."""
+        for index, (prompt, continuation) in enumerate(texts.items()):
+            append_json_line(
+                self.path.with_name("samples.jsonl"), {"step": step, "prompt": prompt, "text": continuation}
+            )
+            if self._writer is not None:
+                self._writer.add_text(f"samples/{index}", f"```\n{prompt}{continuation}\n```", step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        if self._writer is not None:
+            self._writer.close()

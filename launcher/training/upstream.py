@@ -1,0 +1,67 @@
+"""Faults of the pinned DeepSpeed 0.19.8 and torch that we correct, all of them here, each with its place in their source."""
+
+import datetime
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed.distributed_c10d as c10d
+from torch.nn.utils import get_total_norm
+
+
+def quiet_known_warnings() -> None:
+    """Hide torch's deprecation warnings of collectives that DeepSpeed calls; nothing a user could change."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+
+
+def disable_cpu_shared_memory_op() -> None:
+    """Keep DeepSpeed from building and loading its shared-memory all-reduce on CPU.
+
+    `deepspeed/comm/torch.py: build_shm_op` compiles it at the first `init_distributed` (30 s), takes a file lock at every
+    later start that a killed process leaves behind for ever, and leaves a 66 MiB file a rank in /dev/shm
+    (`csrc/cpu/comm/shm.cpp`). Only `inference_all_reduce` uses it, training never does.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """Make every process group, DeepSpeed's own ones too, give up after `seconds`.
+
+    DeepSpeed makes its groups with `new_group` and without a time-out, so `init_distributed(timeout=...)` does not reach
+    them; torch's default of 30 minutes does. The default is therefore what must change, before any group is made.
+    """
+    c10d.default_pg_timeout = datetime.timedelta(seconds=seconds)
+
+
+def avoid_compiler_import() -> None:
+    """Skip inductor's import (2 s a rank) at `deepspeed.initialize` on CPU.
+
+    `deepspeed/runtime/zero/muon/original_muon.py` decorates a function with `torch.compile` at import. The switch must be
+    set before torch is imported, and turns off `torch.compile` for the process, so it is for runs that do not compile.
+    """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def step_and_norm(engine: Any, zero_stage: int, precision: str) -> float | None:
+    """Make the engine's optimizer step and return the global gradient norm before clipping.
+
+    Under ZeRO 0 in fp32 `engine.get_global_grad_norm()` is None (`runtime/engine.py: _take_model_step` drops what
+    `clip_grad_norm_` returns), so the norm is taken here, from the averaged gradients that the step is about to use.
+    """
+    norm: float | None = None
+    if zero_stage == 0 and precision == "fp32":
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(get_total_norm(gradients))
+    engine.step()
+    if norm is None:
+        known = engine.get_global_grad_norm()
+        norm = None if known is None else float(known)
+    return norm
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Copy a batch to the device, asynchronously where the host memory is pinned."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
