@@ -87,11 +87,13 @@ class Place:
         path: the parts of the field's path as the document spells it.
         annotation: the type of the value; `Any` below free mappings and where the model has no such place.
         owner: the model that holds the field; `None` outside models.
+        in_union: the annotation is one of several that the field allows.
     """
 
     path: tuple[str, ...]
     annotation: Any
     owner: type[BaseModel] | None = None
+    in_union: bool = False
 
     @property
     def where(self) -> str:
@@ -114,17 +116,19 @@ def locate(model_class: type[BaseModel], location: Sequence[str | int]) -> Place
     path: list[str] = []
     annotation: Any = model_class
     owner: type[BaseModel] | None = None
+    in_union = False
     for part in location:
         base, discriminator = _unwrap(annotation)
         choices = _choices(base)
         if discriminator is not None or len(choices) > 1:
-            annotation = _branch(choices, discriminator, str(part))
+            annotation, in_union = _branch(choices, discriminator, str(part)), discriminator is None
             continue
         if part == "[key]":  # pydantic marks a mapping's key this way, after the key itself
             continue
         path.append(str(part))
         annotation, owner = _step(choices[0], part)
-    return Place(tuple(path), annotation, owner)
+        in_union = False
+    return Place(tuple(path), annotation, owner, in_union)
 
 
 def _step(annotation: Any, part: str | int) -> tuple[Any, type[BaseModel] | None]:
@@ -144,8 +148,11 @@ def _branch(choices: Sequence[Any], discriminator: str | None, label: str) -> An
         if discriminator is not None:
             if label in _literals(_annotation(choice.model_fields[discriminator])):
                 return choice
-        elif label.startswith(getattr(get_origin(choice) or choice, "__name__", "")):
-            return choice
+            continue
+        base, _ = _unwrap(choice)
+        name = str(getattr(get_origin(base) or base, "__name__", "")).lower()
+        if label.lower().removeprefix("constrained-").startswith(name):
+            return base
     return Any
 
 
@@ -182,24 +189,40 @@ def _is_model(annotation: Any) -> bool:
 
 def _problems(model_class: type[BaseModel], document: Document, errors: Sequence[ErrorDetails]) -> list[Problem]:
     kinds: dict[str, list[str]] = {}
-    result: dict[tuple[str, str], Problem] = {}
+    inputs: dict[str, Any] = {}
+    messages: dict[str, list[str]] = {}
     for error in errors:
+        if error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]:
+            continue  # pydantic counts the valid items only, and the others have problems of their own
         place = locate(model_class, error["loc"])
-        where = place.where
-        if error["type"] in _KINDS:
-            # The branches of a union refuse a value one by one; that is one problem: "must be text or a mapping".
-            kinds.setdefault(where, []).append(_KINDS[error["type"]])
-            message = _wrong_kind(list(dict.fromkeys(kinds[where])), error["input"])
-            result[where, "kind"] = document.problem(where, message)
+        if kind := _expected_kind(place, error):
+            kinds.setdefault(place.where, []).append(kind)
+            inputs[place.where] = error["input"]
             continue
+        where = place.where
         if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
             where = f"{where}.{_tag_name(error)}"
         message = _message(model_class, place, error)
-        overrides = [text for path, text in document.overrides.items() if path.startswith(f"{where}." if where else "")]
-        if error["type"] == "value_error" and overrides:
-            message += f" (with override {', '.join(overrides)})"
-        result[where, message] = document.problem(where, message)
-    return list(result.values())
+        if error["type"] == "value_error":
+            message += _overrides_below(document, where)
+        messages.setdefault(where, []).append(message)
+    for where, expected in kinds.items():
+        # The branches of a union refuse a value one by one. That is one problem ("must be text or a mapping"),
+        # and none at all when the branch of the right kind has said more precisely what is wrong.
+        messages.setdefault(where, [_wrong_kind(list(dict.fromkeys(expected)), inputs[where])])
+    return [document.problem(where, message) for where, listed in messages.items() for message in listed]
+
+
+def _expected_kind(place: Place, error: ErrorDetails) -> str | None:
+    if error["type"] == "literal_error" and place.in_union:
+        return " or ".join(str(value) for value in _literals(place.annotation))
+    return _KINDS.get(error["type"])
+
+
+def _overrides_below(document: Document, where: str) -> str:
+    prefix = f"{where}." if where else ""
+    overrides = dict.fromkeys(text for path, text in document.overrides.items() if path.startswith(prefix))
+    return f" (with override {', '.join(overrides)})" if overrides else ""
 
 
 def _message(model_class: type[BaseModel], place: Place, error: ErrorDetails) -> str:

@@ -1,4 +1,4 @@
-"""The recipe: what to train. Frozen, unknown keys refused at every level, field names as Hugging Face and DeepSpeed spell them.
+"""The recipe: what to train. Frozen, unknown keys refused everywhere, fields named as in Hugging Face and DeepSpeed.
 
 The strings under the fields are their documentation: ``zerofleet schema`` prints them as JSON Schema.
 """
@@ -20,7 +20,8 @@ class ModelSection(Section):
     model_name_or_path: str | None = None
     """Folder or hub name of pretrained weights."""
     config: dict[str, Any] | str | None = None
-    """Train from random weights with this transformers configuration: a mapping with `model_type`, or the path of a `config.json`."""
+    """Train from random weights with this transformers configuration: a mapping with `model_type`, or the path of a
+    `config.json`."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernel, as in transformers."""
 
@@ -71,7 +72,8 @@ class TextSource(_SourceBase):
     files: Annotated[tuple[str, ...], Field(min_length=1)]
     """Paths or globs (`**` crosses folders); relative ones are taken from the folder of the recipe."""
     exclude: tuple[str, ...] = ()
-    """Globs of files to leave out; matched against the whole path."""
+    """Globs of files to leave out, matched against the whole path; those that begin with `*` match in any folder, other
+    relative ones are taken from the folder of the recipe."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """What one document is: a file, a paragraph (separated by an empty line) or a line."""
 
@@ -83,7 +85,8 @@ class TableSource(_SourceBase):
     files: Annotated[tuple[str, ...], Field(min_length=1)]
     """Paths or globs (`**` crosses folders); relative ones are taken from the folder of the recipe."""
     exclude: tuple[str, ...] = ()
-    """Globs of files to leave out; matched against the whole path."""
+    """Globs of files to leave out, matched against the whole path; those that begin with `*` match in any folder, other
+    relative ones are taken from the folder of the recipe."""
 
 
 class SavedSource(_SourceBase):
@@ -125,14 +128,15 @@ class DataSection(Section):
     sequence_length: int = Field(ge=2)
     """Tokens per sample."""
     packing: Literal["concat", "first_fit_decreasing", "none"] = "concat"
-    """`concat`: one stream cut every sequence_length tokens, nothing wasted, documents are cut; `first_fit_decreasing`: documents that
-    fit are kept whole, a little padding; `none`: one document a sample, cut at sequence_length, padded."""
+    """`concat`: one stream cut every sequence_length tokens, nothing wasted, documents are cut; `first_fit_decreasing`:
+    documents that fit are kept whole, a little padding; `none`: one document a sample, cut or padded."""
     cross_document_attention: bool = False
     """Let packed documents attend to each other and predict each other's first token."""
     preprocessing_num_workers: int | None = Field(default=None, ge=1)
     """Processes that tokenise; default: the number of cores."""
     cache_directory: str | None = None
-    """Where prepared data is kept, on a file system that all nodes see; default: `$ZEROFLEET_CACHE` or `~/.cache/zerofleet`."""
+    """Where prepared data is kept, on a file system that all nodes see; default: `$ZEROFLEET_CACHE` or
+    `~/.cache/zerofleet`."""
 
     @model_validator(mode="after")
     def _one_validation(self) -> "DataSection":
@@ -153,7 +157,7 @@ class TrainingSection(Section):
     gradient_accumulation_steps: int | None = Field(default=None, ge=1)
     """Micro batches per optimizer step."""
     global_batch_size: int | None = Field(default=None, ge=1)
-    """Samples per optimizer step over all workers = micro_batch_size x gradient_accumulation_steps x data-parallel size."""
+    """Samples per optimizer step of all workers: micro_batch_size x gradient_accumulation_steps x data-parallel size."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number format of forward and backward; the optimizer's copy of the weights stays fp32."""
     gradient_checkpointing: bool = False
@@ -163,7 +167,8 @@ class TrainingSection(Section):
     learning_rate: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: str = "cosine"
-    """A name of transformers.get_scheduler: linear, cosine, cosine_with_min_lr, constant_with_warmup, warmup_stable_decay, ..."""
+    """A name of transformers.get_scheduler: linear, cosine, cosine_with_min_lr, constant_with_warmup,
+    warmup_stable_decay, ..."""
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the scheduler, such as `{min_lr_rate: 0.1}`."""
     warmup_steps: int | None = Field(default=None, ge=0)
@@ -211,7 +216,7 @@ class ParallelSection(Section):
 class ZeroSection(Section):
     """ZeRO (Rajbhandari et al., arXiv 1910.02054): which model states are sharded, and where they live."""
 
-    stage: Literal[0, 1, 2, 3] | None = None
+    stage: int | None = Field(default=None, ge=0, le=3)
     """0: none; 1: optimizer states; 2: and gradients; 3: and parameters. Default: the DeepSpeed config's, or 2."""
     offload_optimizer: Literal["none", "cpu"] | None = None
     """Keep optimizer states in host memory."""
@@ -319,5 +324,5 @@ class Recipe(Section):
     def _tokenizer_has_an_origin(self) -> "Recipe":
         loaded = self.tokenizer.tokenizer_name_or_path or self.model.model_name_or_path
         if loaded is None and self.tokenizer.train is None:
-            raise ValueError("a model from config needs a tokenizer: set tokenizer.tokenizer_name_or_path or tokenizer.train")
+            raise ValueError("a model from config needs tokenizer.tokenizer_name_or_path or tokenizer.train")
         return self

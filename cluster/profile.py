@@ -1,0 +1,132 @@
+"""The profile: where to train. It names machines, never a model."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cluster.errors import DocumentError, ExpectedError, Problem
+from cluster.strict_yaml import read_yaml
+from cluster.validation import near_match, validate
+
+_SUFFIXES = (".yaml", ".yml")
+_GPU_DEVICE = re.compile(r"nvidia\d+")
+
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class ProfileError(DocumentError):
+    """A profile is wrong; lists every bad field with file and line."""
+
+
+class ProfileResourceError(ExpectedError):
+    """A profile asks for what this machine does not have."""
+
+
+class Profile(BaseModel):
+    """Where to train: backend, machines and workers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str = ""
+    """For people; default: the name of the file."""
+    description: str = ""
+    """For people."""
+    backend: Literal["local", "ray"] = "local"
+    """`local`: a Ray of our own on this machine, or the one in `RAY_ADDRESS`; `ray`: a cluster that runs already."""
+    nodes: int = Field(default=1, ge=1)
+    """Machines."""
+    workers_per_node: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Training processes on each machine; `auto`: one a GPU that this machine shows, or 2 where there is none."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What a worker computes on, one GPU a worker for `cuda`; `auto`: `cuda` when this machine shows a GPU."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    """Cores that Ray reserves for each worker."""
+    address: str | None = None
+    """Where the Ray cluster listens (`10.0.0.1:6379`); default: `RAY_ADDRESS`, or the cluster on this machine."""
+    environment: dict[EnvironmentName, str] = Field(default_factory=dict)
+    """Environment variables of the workers."""
+
+    @model_validator(mode="after")
+    def _fits_the_backend(self) -> Self:
+        if self.backend == "local" and self.address is not None:
+            raise ValueError("address names a Ray cluster, which the local backend does not use; set backend: ray")
+        if self.backend == "local" and self.nodes > 1:
+            raise ValueError(f"nodes is {self.nodes}, but the local backend is this one machine; set backend: ray")
+        return self
+
+    def counts(self) -> tuple[int, int, Literal["cpu", "cuda"]]:
+        """Resolve `auto` on this machine.
+
+        Returns:
+            Nodes, workers per node, device.
+
+        Raises:
+            ProfileResourceError: the number of workers follows the GPUs, and this machine shows none.
+        """
+        gpus = visible_gpus()
+        device: Literal["cpu", "cuda"] = ("cuda" if gpus else "cpu") if self.device == "auto" else self.device
+        if self.workers_per_node != "auto":
+            return self.nodes, self.workers_per_node, device
+        if device == "cuda" and not gpus:
+            raise ProfileResourceError(
+                f"profile {self.name}: device is cuda and workers_per_node is auto, but this machine shows no GPU; "
+                "set workers_per_node to a number, or device to cpu"
+            )
+        return self.nodes, gpus if device == "cuda" else 2, device
+
+
+def visible_gpus() -> int:
+    """Count the NVIDIA GPUs that a process started here would see, from device files and `CUDA_VISIBLE_DEVICES`."""
+    devices = Path("/dev")
+    present = sum(1 for path in devices.glob("nvidia*") if _GPU_DEVICE.fullmatch(path.name))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return present
+    count = 0
+    for entry in chosen.split(","):
+        name = entry.strip()
+        if not name.startswith(("GPU-", "MIG-")) and not (name.isdecimal() and int(name) < present):
+            break  # as CUDA does: the first invalid entry hides itself and all that follow
+        count += 1
+    return count if present else 0
+
+
+def load_profile(name_or_path: str | Path | None = None) -> Profile:
+    """Load a profile.
+
+    Args:
+        name_or_path: a file (it ends in .yaml, or holds a /), or a name, looked for among the user's own profiles
+            (`~/.config/zerofleet/profiles/NAME.yaml`) and then among the shipped ones; default: `local`.
+
+    Raises:
+        ProfileError: there is no such profile, or it is wrong; lists everything that is.
+    """
+    path = _find(name_or_path or "local")
+    document = read_yaml(path, ProfileError)
+    document.data.setdefault("name", path.stem)
+    return validate(Profile, document, ProfileError)
+
+
+def profile_names() -> list[str]:
+    """Names of the user's own and the shipped profiles, sorted."""
+    return sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")})
+
+
+def _folders() -> tuple[Path, Path]:
+    configuration = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return configuration / "zerofleet" / "profiles", Path(__file__).resolve().parent / "profiles"
+
+
+def _find(name_or_path: str | Path) -> Path:
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or "/" in text or text.endswith(_SUFFIXES):
+        return Path(name_or_path)
+    for folder in _folders():
+        path = folder / f"{text}.yaml"
+        if path.exists():
+            return path
+    problem = f"no profile has this name; {near_match(text, profile_names())} (a file is named with its .yaml)"
+    raise ProfileError(text, [Problem(problem)])
