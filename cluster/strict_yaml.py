@@ -42,6 +42,7 @@ class Document:
         lines: 1-based line of each key and list item by its dotted path (`data.sources.0.files`).
         overrides: the text of the override that set a value, by the value's dotted path.
         problems: what was found wrong so far.
+        unread: dotted paths of values that stand in for ones that could not be read; nothing more is said about them.
     """
 
     source: str
@@ -49,6 +50,7 @@ class Document:
     lines: dict[str, int] = field(default_factory=dict)
     overrides: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
 
     def problem(self, where: str, message: str) -> Problem:
         """Make the problem of a value: it carries the line, or the override, that the value came from."""
@@ -143,7 +145,7 @@ def _compose(text: str) -> Node | None:
         ) from error
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise _NotYamlError(f"is not YAML: the character {error.character!r} is not allowed", line) from error
+        raise _NotYamlError(f"is not YAML: the character {text[error.position]!r} is not allowed", line) from error
     except YAMLError as error:
         raise _NotYamlError(f"is not YAML: {error}", None) from error
     except RecursionError as error:
@@ -175,6 +177,7 @@ class _Builder:
             raise ValueError(_unknown_tag(str(node.tag)))
         except ValueError as error:
             self._document.problems.append(Problem(str(error), path, line))
+            self._document.unread.add(path)
             return None
 
     def _mapping(self, node: MappingNode, path: str, depth: int) -> dict[str, Any]:

@@ -50,11 +50,10 @@ def validate(model_class: type[ModelType], document: Document, error_class: type
     try:
         model = model_class.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
-        found = {problem.where for problem in document.problems}
         problems = [
             problem
             for problem in _problems(model_class, document, error.errors(include_url=False))
-            if problem.where not in found
+            if problem.where not in document.unread
         ]
         raise error_class(document.source, [*document.problems, *problems]) from error
     if document.problems:
@@ -241,7 +240,8 @@ def _message(model_class: type[BaseModel], place: Place, error: ErrorDetails) ->
         case "literal_error":
             return _not_one_of(value, _literals(place.annotation))
         case kind if kind in _BOUNDS:
-            return f"is {_shown(value)}, but must be {_BOUNDS[kind].format(**context)}"
+            bounds = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in context.items()}
+            return f"is {_shown(value)}, but must be {_BOUNDS[kind].format(**bounds)}"
         case "too_short":
             return f"needs at least {_counted(context['min_length'], 'item')}"
         case "string_too_long":

@@ -48,11 +48,13 @@ def _resolved(document: Document, value: Any, path: str, directory: Path) -> Any
         text = _REFERENCE.sub(lambda match: _look_up(match, directory), value)
         text.encode()
     except UnicodeEncodeError:
-        document.problems.append(document.problem(path, f"{value} stands for a value that is not UTF-8 text"))
+        message = f"{value} stands for something that is not UTF-8 text"
     except _ReferenceError as error:
-        document.problems.append(document.problem(path, str(error)))
+        message = str(error)
     else:
         return text
+    document.problems.append(document.problem(path, message))
+    document.unread.add(path)
     return value
 
 

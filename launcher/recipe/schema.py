@@ -41,6 +41,8 @@ class TrainTokenizerSection(Section):
     """Number of tokens, the 256 bytes and the special tokens included."""
     min_frequency: int = Field(default=2, ge=1)
     """A pair must occur this often to be merged."""
+    max_bytes: int = Field(default=2**27, ge=2**20)
+    """Learn from at most so many bytes of text, picked evenly by a hash of the text; more costs time and memory, and changes little."""
 
 
 class TokenizerSection(Section):
@@ -133,7 +135,7 @@ class DataSection(Section):
     cross_document_attention: bool = False
     """Let packed documents attend to each other and predict each other's first token."""
     preprocessing_num_workers: int | None = Field(default=None, ge=1)
-    """Processes that tokenise; default: the number of cores."""
+    """Threads that tokenise; default: the number of cores."""
     cache_directory: str | None = None
     """Where prepared data is kept, on a file system that all nodes see; default: `$ZEROFLEET_CACHE` or
     `~/.cache/zerofleet`."""
@@ -157,7 +159,7 @@ class TrainingSection(Section):
     gradient_accumulation_steps: int | None = Field(default=None, ge=1)
     """Micro batches per optimizer step."""
     global_batch_size: int | None = Field(default=None, ge=1)
-    """Samples per optimizer step of all workers: micro_batch_size x gradient_accumulation_steps x data-parallel size."""
+    """Samples per optimizer step: micro_batch_size x gradient_accumulation_steps x data-parallel size."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number format of forward and backward; the optimizer's copy of the weights stays fp32."""
     gradient_checkpointing: bool = False
@@ -250,7 +252,7 @@ class EvaluationSection(Section):
     eval_steps: int | None = Field(default=None, ge=1)
     """Evaluate every so many steps; the last step is evaluated in any case when there is validation data."""
     max_eval_samples: int | None = Field(default=None, ge=1)
-    """At most so many validation samples, the first of them, at each evaluation."""
+    """At most so many validation samples at each evaluation: always the same ones, spread evenly over all of them."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations without improvement of the loss."""
     early_stopping_threshold: float = Field(default=0.0, ge=0)
