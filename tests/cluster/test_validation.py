@@ -83,7 +83,11 @@ def test_what_strict_reading_allows():
         ("inner: {needed: x, ratio: 0}", "inner.ratio", "is 0, but must be greater than 0"),
         ("inner: {needed: x, ratio: 2}", "inner.ratio", "is 2, but must be at most 1"),
         ("inner: {needed: x, ratio: half}", "inner.ratio", "must be a number, not 'half'"),
-        ("inner: {needed: x, on: yes}", "inner.on", "must be true or false, not 'yes'; yes, no, on and off are text in YAML 1.2"),
+        (
+            "inner: {needed: x, on: yes}",
+            "inner.on",
+            "must be true or false, not 'yes'; yes, no, on and off are text in YAML 1.2",
+        ),
         ("inner: {needed: x, on: 1}", "inner.on", "must be true or false, not 1"),
         ("inner: {needed: 3}", "inner.needed", "must be text, not 3; put it in quotes"),
         ("inner: {}", "inner.needed", "is missing: What is needed."),
@@ -95,7 +99,11 @@ def test_what_strict_reading_allows():
         ("ratio: 2", "ratio", "unknown key; did you mean inner.ratio?"),
         ("animals: []", "animals", "needs at least 1 item"),
         ("animals: [{kind: dog}]", "animals.0.kind", "is 'dog', but must be one of cat, fish, shark"),
-        ("animals: [{kind: sharc}]", "animals.0.kind", "is 'sharc', but must be one of cat, fish, shark; did you mean shark?"),
+        (
+            "animals: [{kind: sharc}]",
+            "animals.0.kind",
+            "is 'sharc', but must be one of cat, fish, shark; did you mean shark?",
+        ),
         ("animals: [{lives: 2}]", "animals.0.kind", "is missing: one of cat, fish, shark"),
         ("animals: [{kind: cat, lives: x}]", "animals.0.lives", "must be a whole number, not 'x'"),
         ("animals: [{kind: cat, cat: x}]", "animals.0.cat", "must be a whole number, not 'x'"),
@@ -114,7 +122,7 @@ def test_what_strict_reading_allows():
         ("table: {a: 1}", "table.a", "is 'a', but must match ^[A-Z]+$"),
         ("table: {A: x}", "table.A", "must be a whole number, not 'x'"),
     ],
-)  # fmt: skip
+)
 def test_one_problem_in_its_words(line, where, message):
     assert problems(f"# first line\n{line}\n") == [(2, where, message)]
 
