@@ -1,0 +1,58 @@
+# make quickstart   install, then pretrain a small language model on this machine
+# make test         install, then run the tests
+# make check        what CI runs: style, types, floors, tests with coverage
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+COVERAGE := 85
+
+# The newest Python that is tested comes first. Each is asked, because a name alone may be a version manager's empty promise.
+PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
+
+.PHONY: install quickstart test check lint clean help
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+
+install: $(INSTALLED)
+
+$(INSTALLED): constraints.txt pyproject.toml
+	@set -e; for python in $(PYTHONS); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "ZeroFleet needs Python 3.11 or newer; tried: $(PYTHONS). Install one (Debian: apt-get install python3.11-venv)" \
+	    "or name one: make install PYTHON=/path/to/python" >&2; exit 2; \
+	fi; \
+	if ! $$found -c 'import ensurepip, venv' 2>/dev/null; then \
+	  version=$$($$found -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	  echo "$$found has no venv module; on Debian: apt-get install python$$version-venv" >&2; exit 2; \
+	fi; \
+	echo "installing into $(VENV) with $$($$found --version)"; \
+	$$found -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip==26.3
+# DeepSpeed comes as source. Without its compiled operations the build needs no torch of its own; DeepSpeed compiles
+# those that a run asks for, when it asks.
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+	  --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: install
+	$(BIN)/zerofleet run quickstart
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+check: lint
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage* build dist *.egg-info
+	find launcher cluster tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
