@@ -11,6 +11,9 @@ from cluster.errors import DocumentError, ExpectedError, Problem
 from cluster.strict_yaml import read_yaml
 from cluster.validation import near_match, validate
 
+DEVICE_FOLDER = Path("/dev")
+"""Where the NVIDIA driver puts one file a GPU."""
+
 _SUFFIXES = (".yaml", ".yml")
 _GPU_DEVICE = re.compile(r"nvidia\d+")
 
@@ -45,7 +48,7 @@ class Profile(BaseModel):
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """Cores that Ray reserves for each worker."""
     address: str | None = None
-    """Where the Ray cluster listens (`10.0.0.1:6379`); default: `RAY_ADDRESS`, or the cluster on this machine."""
+    """Where the Ray cluster listens (`10.0.0.1:6379`); default: `RAY_ADDRESS` of the environment."""
     environment: dict[EnvironmentName, str] = Field(default_factory=dict)
     """Environment variables of the workers."""
 
@@ -80,8 +83,7 @@ class Profile(BaseModel):
 
 def visible_gpus() -> int:
     """Count the NVIDIA GPUs that a process started here would see, from device files and `CUDA_VISIBLE_DEVICES`."""
-    devices = Path("/dev")
-    present = sum(1 for path in devices.glob("nvidia*") if _GPU_DEVICE.fullmatch(path.name))
+    present = sum(1 for path in DEVICE_FOLDER.glob("nvidia*") if _GPU_DEVICE.fullmatch(path.name))
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return present

@@ -283,7 +283,7 @@ def _wrong_kind(kinds: Sequence[str], value: Any) -> str:
 
 def _not_one_of(value: Any, allowed: Sequence[Any]) -> str:
     message = f"is {_shown(value)}, but must be one of {_listed(allowed)}"
-    close = get_close_matches(value, [str(item) for item in allowed], n=1) if isinstance(value, str) else []
+    close = get_close_matches(value, [str(item) for item in allowed], n=1, cutoff=0.7) if isinstance(value, str) else []
     if close:
         return f"{message}; did you mean {close[0]}?"
     return message
