@@ -10,6 +10,20 @@ COVERAGE := 85
 # The newest Python that is tested comes first. Each is asked, because a name alone may be a version manager's empty promise.
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 
+define FIND_PYTHON
+for python in $(PYTHONS); do \
+  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+done; \
+if [ -z "$$found" ]; then \
+  echo "ZeroFleet needs Python 3.11 or newer; tried: $(PYTHONS). Install one (Debian: apt-get install python3.11-venv)," \
+    "or name one: make install PYTHON=/path/to/python" >&2; exit 2; \
+fi; \
+if ! $$found -c 'import ensurepip, venv' 2>/dev/null; then \
+  version=$$($$found -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+  echo "$$found cannot make a virtual environment; on Debian: apt-get install python$$version-venv" >&2; exit 2; \
+fi
+endef
+
 .PHONY: install quickstart test check lint clean help
 
 help:
@@ -18,19 +32,8 @@ help:
 install: $(INSTALLED)
 
 $(INSTALLED): constraints.txt pyproject.toml
-	@set -e; for python in $(PYTHONS); do \
-	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
-	done; \
-	if [ -z "$$found" ]; then \
-	  echo "ZeroFleet needs Python 3.11 or newer; tried: $(PYTHONS). Install one (Debian: apt-get install python3.11-venv)" \
-	    "or name one: make install PYTHON=/path/to/python" >&2; exit 2; \
-	fi; \
-	if ! $$found -c 'import ensurepip, venv' 2>/dev/null; then \
-	  version=$$($$found -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
-	  echo "$$found has no venv module; on Debian: apt-get install python$$version-venv" >&2; exit 2; \
-	fi; \
-	echo "installing into $(VENV) with $$($$found --version)"; \
-	$$found -m venv $(VENV)
+	@$(BIN)/python -c 'import pip' 2>/dev/null || { $(FIND_PYTHON); echo "making $(VENV) with $$($$found --version)"; \
+	  $$found -m venv --clear $(VENV); }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip==26.3
 # DeepSpeed comes as source. Without its compiled operations the build needs no torch of its own; DeepSpeed compiles
 # those that a run asks for, when it asks.
