@@ -231,8 +231,9 @@ def _message(model_class: type[BaseModel], place: Place, error: ErrorDetails) ->
         case "extra_forbidden":
             return _unknown_key(model_class, place)
         case "missing":
-            info = place.owner.model_fields[place.path[-1]] if place.owner else None
-            return f"is missing: {info.description}" if info and info.description else "is missing"
+            info = place.owner.model_fields[place.path[-1]] if place.owner else FieldInfo()
+            description = info.description or (place.annotation.__doc__ if _is_model(place.annotation) else None)
+            return f"is missing: {description}" if description else "is missing"
         case "union_tag_not_found":
             return f"is missing: one of {_listed(_tags(place))}"
         case "union_tag_invalid":

@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel
 from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from cluster.errors import DocumentError
 from cluster.strict_yaml import Document, read_yaml
@@ -145,6 +147,7 @@ def dump_recipe(recipe: Recipe) -> str:
     It holds no secrets: references to them are refused when a recipe is loaded.
     """
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.allow_unicode = True
@@ -152,6 +155,15 @@ def dump_recipe(recipe: Recipe) -> str:
     stream = io.StringIO()
     yaml.dump(_plain(recipe), stream)
     return stream.getvalue()
+
+
+class _Representer(SafeRepresenter):
+    def represent_text(self, text: str) -> ScalarNode:
+        # In single quotes, ruamel writes line separators (U+0085, U+2028) that no reader gives back.
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Representer.add_representer(str, _Representer.represent_text)
 
 
 def _plain(value: Any) -> Any:
