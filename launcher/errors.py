@@ -13,6 +13,7 @@ __all__ = [
     "RecipeError",
     "ResourceError",
     "RunDirectoryError",
+    "SourceError",
     "StorageError",
     "TrainingError",
 ]
@@ -28,6 +29,10 @@ class PlanError(DocumentError):
 
 class DataError(ExpectedError):
     """The data named by the recipe is missing, empty or not of the stated form."""
+
+
+class SourceError(DocumentError, DataError):
+    """What is wrong with the data that a recipe names, each with the field that names it."""
 
 
 class ModelError(ExpectedError):

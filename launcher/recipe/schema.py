@@ -42,7 +42,7 @@ class TrainTokenizerSection(Section):
     min_frequency: int = Field(default=2, ge=1)
     """A pair must occur this often to be merged."""
     max_bytes: int = Field(default=2**27, ge=2**20)
-    """Learn from at most so many bytes of text, picked evenly by a hash of the text; more costs time and memory, and changes little."""
+    """Learn from at most so many bytes of text, picked by a hash of the text; more costs time and changes little."""
 
 
 class TokenizerSection(Section):
