@@ -29,7 +29,7 @@ BREACHES = {
 HEAVY = ("torch", "deepspeed", "ray", "transformers", "tokenizers", "datasets", "tensorboard")
 
 PURE = ("recipe", "planning", "cli", "submit", "run_directory", "errors", "orchestration.driver")
-"""What may be imported, with all that lies below it, without bringing in anything heavy: `zerofleet plan` and `--help` are fast."""
+"""What `zerofleet plan` and `--help` import: these and all that lies below them must bring in nothing heavy."""
 
 
 def lint_imports(folder: Path, contract: str) -> subprocess.CompletedProcess[str]:
