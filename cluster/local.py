@@ -1,6 +1,7 @@
 """A Ray cluster of one node on this machine, started by us and ended by pid."""
 
 import ctypes
+import math
 import os
 import secrets
 import shutil
@@ -16,10 +17,16 @@ from pathlib import Path
 
 import psutil
 
+from cluster.errors import ExpectedError
+
+LOOPBACK = "127.0.1.1"
+"""Not 127.0.0.1: Ray replaces that one by the machine's outside address, on which it then listens."""
+
 OBJECT_STORE_BYTES = 128 * 2**20
 """Heartbeats are all that crosses Ray; the least that Ray takes without complaint is 75 MiB."""
 
-STOP_GRACE_S = 5.0
+STOP_GRACE_S = 1.0
+"""Between SIGTERM and SIGKILL. Ray's own processes have nothing to save, and its raylet takes many seconds to drain."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,17 @@ class LocalRay:
     address: str
     environment: dict[str, str]
     log: Path
+    process: subprocess.Popen[bytes]
+
+    def check_alive(self) -> None:
+        """Raise if the head has ended.
+
+        Raises:
+            ExpectedError: with the end of what `ray start` wrote.
+        """
+        if self.process.poll() is not None:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+            raise ExpectedError(f"the local Ray head ended with code {self.process.returncode}:\n{tail}")
 
 
 @contextmanager
@@ -51,7 +69,7 @@ def local_ray(num_cpus: float, num_gpus: int = 0) -> Iterator[LocalRay]:
     temporary = Path(tempfile.mkdtemp(prefix="zf-"))
     port = free_port()
     environment = {
-        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        "RAY_ADDRESS": f"{LOOPBACK}:{port}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -60,8 +78,10 @@ def local_ray(num_cpus: float, num_gpus: int = 0) -> Iterator[LocalRay]:
     log = temporary / "ray-start.log"
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
-        *("--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=false", f"--temp-dir={temporary}"),
-        *(f"--num-cpus={num_cpus:g}", f"--num-gpus={num_gpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"),
+        *(f"--node-ip-address={LOOPBACK}", f"--port={port}", "--include-dashboard=false", f"--temp-dir={temporary}"),
+        # No autoscaler and no log forwarding: nothing here uses them. Ray's client server cannot be turned off.
+        *("--no-monitor", "--include-log-monitor=false", f"--ray-client-server-port={free_port()}"),
+        *(f"--num-cpus={math.ceil(num_cpus)}", f"--num-gpus={num_gpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"),
     ]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -74,7 +94,7 @@ def local_ray(num_cpus: float, num_gpus: int = 0) -> Iterator[LocalRay]:
             preexec_fn=_end_with_parent,
         )
     try:
-        yield LocalRay(environment["RAY_ADDRESS"], environment, log)
+        yield LocalRay(environment["RAY_ADDRESS"], environment, log, process)
     finally:
         end_tree(process)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -83,7 +103,7 @@ def local_ray(num_cpus: float, num_gpus: int = 0) -> Iterator[LocalRay]:
 def free_port() -> int:
     """A TCP port on loopback that is free now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 
@@ -104,8 +124,8 @@ def end_tree(process: subprocess.Popen[bytes]) -> None:
     _, alive = psutil.wait_procs(tree, timeout=STOP_GRACE_S)
     for member in alive:
         _signal(member, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=STOP_GRACE_S)
-    process.wait(timeout=STOP_GRACE_S)
+    psutil.wait_procs(alive, timeout=10)
+    process.wait(timeout=10)
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:

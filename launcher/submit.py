@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,19 +50,19 @@ def run_foreground(plan: Plan, profile: Profile, run_directory: RunDirectory, ob
         return {**summary, "already_complete": True}
     write_run(run_directory, plan)
     os.environ.update(profile.environment)
-    with _ray(profile, plan):
-        return drive(run_directory, observer)
+    with _ray(profile, plan) as check_alive:
+        return drive(run_directory, observer, check_alive)
 
 
 @contextmanager
-def _ray(profile: Profile, plan: Plan) -> Iterator[None]:
+def _ray(profile: Profile, plan: Plan) -> Iterator[Callable[[], None]]:
     """Have RAY_ADDRESS name a cluster: the user's, or one of our own for the time of the run."""
     address = profile.address or os.environ.get("RAY_ADDRESS")
     if profile.backend == "ray" or address:
         if not address:
             raise ExpectedError(f"profile {profile.name}: set address, or RAY_ADDRESS in the environment")
         os.environ["RAY_ADDRESS"] = address
-        yield
+        yield lambda: None
         return
     from cluster.local import local_ray
 
@@ -72,7 +72,7 @@ def _ray(profile: Profile, plan: Plan) -> Iterator[None]:
         before = {name: os.environ.get(name) for name in ray.environment}
         os.environ.update(ray.environment)
         try:
-            yield
+            yield ray.check_alive
         finally:
             _disconnect()
             for name, value in before.items():

@@ -121,7 +121,9 @@ def print_summary(summary: dict[str, Any], plan: Plan, run_directory: RunDirecto
     """Print how a run ended, and what to do next."""
     name = plan.recipe.name
     if summary.get("already_complete"):
-        print(f"{name} is complete already ({summary['step']} steps): nothing to do. Start anew with another --run-dir.")
+        print(
+            f"{name} is complete already ({summary['step']} steps): nothing to do. Start anew with another --run-dir."
+        )
     elif summary["status"] == "complete":
         early = ", stopped early by the validation loss" if summary["early_stopped"] else ""
         print(f"{name}: complete, {summary['step']} steps{early}, in {readable_seconds(summary['seconds'])}")
@@ -141,7 +143,12 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         if summary.get("unigram_loss") is not None:
             gain = summary["unigram_loss"] - summary["eval_loss"]
             side = "below" if gain >= 0 else "above"
-            facts.append(("unigram baseline", f"{summary['unigram_loss']:.4f} on the same tokens: {abs(gain):.2f} nats {side} it"))
+            facts.append(
+                (
+                    "unigram baseline",
+                    f"{summary['unigram_loss']:.4f} on the same tokens: {abs(gain):.2f} nats {side} it",
+                )
+            )
     if summary.get("tokens_per_second") is not None:
         facts.append(("throughput", f"{summary['tokens_per_second']:,.0f} tokens/s"))
     for key in ("checkpoint", "export", "tensorboard"):

@@ -38,7 +38,10 @@ def run(
         summary = run_foreground(plan, where, directory, observer)
     except KeyboardInterrupt:
         observer.close()
-        print("interrupted: the workers were ended at once; the next run continues from the last checkpoint", file=sys.stderr)
+        print(
+            "interrupted: the workers were ended at once; the next run continues from the last checkpoint",
+            file=sys.stderr,
+        )
         raise typer.Exit(INTERRUPTED) from None
     finally:
         observer.close()
@@ -69,7 +72,9 @@ def export(
         raise CheckpointError(f"{directory.checkpoints} holds no complete checkpoint")
     chosen = max(folders) if step is None else step
     if chosen not in folders:
-        raise CheckpointError(f"no complete checkpoint of step {step}; there are steps {', '.join(map(str, sorted(folders)))}")
+        raise CheckpointError(
+            f"no complete checkpoint of step {step}; there are steps {', '.join(map(str, sorted(folders)))}"
+        )
     if dtype is not None:
         if dtype not in ("fp32", "bf16", "fp16"):
             raise ExpectedError(f"--dtype {dtype}: use fp32, bf16 or fp16")

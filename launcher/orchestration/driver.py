@@ -6,6 +6,7 @@ Replay any job by hand: ``RAY_ADDRESS=... python -m launcher.orchestration.drive
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -83,7 +84,9 @@ def completed_summary(run_directory: RunDirectory, plan: Plan) -> dict[str, Any]
     return summary if summary["length"] == wanted else None
 
 
-def drive(run_directory: RunDirectory, observer: Observer) -> dict[str, Any]:
+def drive(
+    run_directory: RunDirectory, observer: Observer, check_alive: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Prepare data, connect, supervise; returns the summary.
 
     Raises:
@@ -99,7 +102,7 @@ def drive(run_directory: RunDirectory, observer: Observer) -> dict[str, Any]:
     prepared = _prepare(plan, run_directory, observer)
     _check_checkpoint(plan, run_directory, prepared.fingerprint, observer)
     on_event(RunState.STARTING, {"seconds_to_prepare": round(time.time() - started, 2)})
-    connect()
+    connect(check_alive)
     supervisor = _supervise(plan, run_directory, observer, on_event)
     if supervisor.state is RunState.FAILED:
         cause = supervisor.cause
@@ -143,8 +146,11 @@ def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str,
         observer.message(f"resuming from {folders[-1].name}")
 
 
-def connect() -> None:
+def connect(check_alive: Callable[[], None]) -> None:
     """Join the Ray cluster in RAY_ADDRESS, waiting for one that is just starting.
+
+    Args:
+        check_alive: raises when the cluster's head is known to have ended.
 
     Raises:
         ResourceError: there is no address, or nothing answers.
@@ -152,20 +158,30 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         raise ResourceError("RAY_ADDRESS is not set: the driver joins a Ray cluster and starts none")
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while not _answers(host, port, address):
+        check_alive()
+        if time.monotonic() > deadline:
+            raise ResourceError(f"no Ray cluster answers at RAY_ADDRESS={address} within {CONNECT_TIMEOUT_S:.0f} s")
+        time.sleep(0.1)
     import ray
 
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    while True:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
-            return
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            if time.monotonic() > deadline:
-                raise ResourceError(
-                    f"no Ray cluster answers at {address} within {CONNECT_TIMEOUT_S:.0f} s: {error}"
-                ) from error
-            time.sleep(0.2)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ResourceError(f"the Ray cluster at RAY_ADDRESS={address} refuses the driver: {error}") from error
+
+
+def _answers(host: str, port: str, address: str) -> bool:
+    """Whether something listens there; looked at first because `ray.init` itself waits for minutes without a word."""
+    if not host or not port.isdigit():
+        raise ResourceError(f"RAY_ADDRESS={address} is not of the form HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def _supervise(
