@@ -1,8 +1,19 @@
 """Sizes of the parallel groups and the batch arithmetic that follows from them."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from launcher.errors import PlanError, Problem
+from launcher.recipe.schema import Recipe
+
+SUPPORTED: dict[str, frozenset[int]] = {
+    "tensor_parallel_size": frozenset({1}),
+    "pipeline_parallel_size": frozenset({1}),
+    "sequence_parallel_size": frozenset({1}),
+    "expert_parallel_size": frozenset({1}),
+}
+"""Sizes that a test of ours has trained with; any other is refused."""
 
 
 class Resources(BaseModel):
@@ -18,16 +29,21 @@ class Resources(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    nodes: int = 1
-    workers_per_node: int = 1
+    nodes: int = Field(default=1, ge=1)
+    workers_per_node: int = Field(default=1, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: float = Field(default=1.0, ge=0)
     environment_names: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
         """Number of workers."""
         return self.nodes * self.workers_per_node
+
+    def resized(self, world_size: int) -> "Resources":
+        """The same kind of workers in another number, as many to a node as divide it."""
+        per_node = max(size for size in divisors(world_size) if size <= self.workers_per_node)
+        return self.model_copy(update={"nodes": world_size // per_node, "workers_per_node": per_node})
 
 
 class Layout(BaseModel):
@@ -42,6 +58,17 @@ class Layout(BaseModel):
     sequence_parallel_size: int = 1
     expert_parallel_size: int = 1
 
+    @property
+    def model_parallel_size(self) -> int:
+        """Workers that hold one copy of the model between them."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.sequence_parallel_size
+
+    @model_validator(mode="after")
+    def _sizes_multiply(self) -> Self:
+        if self.model_parallel_size * self.data_parallel_size != self.world_size:
+            raise ValueError(f"the sizes of {self!r} do not multiply to its world size")
+        return self
+
 
 class BatchPlan(BaseModel):
     """`global_batch_size = micro_batch_size x gradient_accumulation_steps x data_parallel_size`, in samples."""
@@ -51,3 +78,123 @@ class BatchPlan(BaseModel):
     micro_batch_size: int
     gradient_accumulation_steps: int
     global_batch_size: int
+
+
+def make_layout(recipe: Recipe, resources: Resources) -> Layout:
+    """Divide the workers among the recipe's parallel groups; what is left of the world size is data parallel.
+
+    Raises:
+        PlanError: a size that no test of ours has run yet; lists all of them.
+    """
+    sizes = recipe.parallel.model_dump()
+    problems = [
+        Problem(
+            f"{size} is not yet run by a test of ours; set it to {_either(SUPPORTED[name])}",
+            where=f"parallel.{name}",
+        )
+        for name, size in sizes.items()
+        if size not in SUPPORTED[name]
+    ]
+    if problems:
+        raise PlanError(recipe.name, problems)
+    model_parallel_size = (
+        sizes["tensor_parallel_size"] * sizes["pipeline_parallel_size"] * sizes["sequence_parallel_size"]
+    )
+    return Layout(
+        world_size=resources.world_size, data_parallel_size=resources.world_size // model_parallel_size, **sizes
+    )
+
+
+def make_batch(recipe: Recipe, layout: Layout) -> BatchPlan:
+    """Complete the batch arithmetic: any two of micro, accumulation and global give the third.
+
+    With only one of them, a missing accumulation counts as 1 (as in DeepSpeed); the accumulation alone says nothing
+    about the batch and is refused, as is none of the three.
+
+    Raises:
+        PlanError: the sizes contradict each other or the data-parallel size, or too few are given.
+    """
+    training = recipe.training
+    micro, accumulation, total = (
+        training.micro_batch_size,
+        training.gradient_accumulation_steps,
+        training.global_batch_size,
+    )
+    replicas = layout.data_parallel_size
+    if micro is not None and total is None:
+        accumulation = accumulation or 1
+        total = micro * accumulation * replicas
+    elif total is not None and micro is not None:
+        accumulation = (
+            _quotient(recipe, total, micro, "micro_batch_size", replicas) if accumulation is None else accumulation
+        )
+    elif total is not None:
+        accumulation = accumulation or 1
+        micro = _quotient(recipe, total, accumulation, "gradient_accumulation_steps", replicas)
+    if micro is None or accumulation is None or total is None:
+        given = f"only gradient_accumulation_steps ({accumulation}) is set" if accumulation else "no batch size is set"
+        raise _batch_error(recipe, f"{given}; set micro_batch_size or global_batch_size")
+    if micro * accumulation * replicas != total:
+        raise _batch_error(recipe, _contradiction(micro, accumulation, replicas, total))
+    return BatchPlan(micro_batch_size=micro, gradient_accumulation_steps=accumulation, global_batch_size=total)
+
+
+def resize_batch(batch: BatchPlan, data_parallel_size: int) -> BatchPlan | None:
+    """Keep the global batch at another data-parallel size: the largest micro batch that is not larger than before.
+
+    Returns:
+        `None` when the data-parallel size does not divide the global batch.
+    """
+    samples, rest = divmod(batch.global_batch_size, data_parallel_size)
+    if rest:
+        return None
+    micro = max(size for size in divisors(samples) if size <= batch.micro_batch_size)
+    return batch.model_copy(update={"micro_batch_size": micro, "gradient_accumulation_steps": samples // micro})
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, ascending."""
+    small = [size for size in range(1, int(number**0.5) + 1) if number % size == 0]
+    return small + [number // size for size in reversed(small) if size * size != number]
+
+
+def _quotient(recipe: Recipe, total: int, known: int, known_name: str, replicas: int) -> int:
+    """`total / (known x replicas)`, or the error that says what would divide."""
+    if total % (known * replicas) == 0:
+        return total // (known * replicas)
+    product = known * replicas
+    below, above = total // product * product, -(-total // product) * product
+    works = f"{below} or {above}" if below else str(above)
+    advice = f"set global_batch_size to {works}"
+    if total % replicas == 0:
+        advice += f", or {known_name} to a divisor of {total // replicas}: {_listed(divisors(total // replicas))}"
+    else:
+        advice += f", or use a number of data-parallel workers that divides {total}: {_listed(divisors(total))}"
+    raise _batch_error(
+        recipe,
+        f"{total} is not a multiple of {known_name} {known} x data-parallel size {replicas} = {product}; {advice}",
+    )
+
+
+def _contradiction(micro: int, accumulation: int, replicas: int, total: int) -> str:
+    advice = f"set global_batch_size to {micro * accumulation * replicas}"
+    if total % (micro * replicas) == 0:
+        advice += f", or gradient_accumulation_steps to {total // (micro * replicas)}"
+    if total % (accumulation * replicas) == 0:
+        advice += f", or micro_batch_size to {total // (accumulation * replicas)}"
+    return (
+        f"{total} contradicts micro_batch_size {micro} x gradient_accumulation_steps {accumulation} x "
+        f"data-parallel size {replicas} = {micro * accumulation * replicas}; {advice}, or leave one of the three out"
+    )
+
+
+def _batch_error(recipe: Recipe, message: str) -> PlanError:
+    return PlanError(recipe.name, [Problem(message, where="training.global_batch_size")])
+
+
+def _either(sizes: frozenset[int]) -> str:
+    return " or ".join(str(size) for size in sorted(sizes))
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(str(size) for size in sizes)

@@ -3,14 +3,35 @@
 Pure: no torch, ray, deepspeed or transformers below this module.
 """
 
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from launcher.planning.layout import BatchPlan, Layout, Resources
-from launcher.planning.memory import MemoryPlan
-from launcher.planning.model_shape import ModelShape
+from launcher.errors import PlanError, Problem
+from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config, with_batch
+from launcher.planning.families import list_parameters
+from launcher.planning.layout import (
+    BatchPlan,
+    Layout,
+    Resources,
+    divisors,
+    make_batch,
+    make_layout,
+    resize_batch,
+)
+from launcher.planning.memory import MemoryPlan, memory_by_stage, state_settings, uncounted_reason
+from launcher.planning.model_shape import (
+    ModelShape,
+    check_model,
+    model_shape,
+    unknown_reason,
+    unread_fields,
+)
 from launcher.recipe.schema import Recipe
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Plan(BaseModel):
@@ -23,8 +44,11 @@ class Plan(BaseModel):
         layout: sizes of the parallel groups.
         batch: micro batch, accumulation and global batch.
         zero_stage: 0-3.
-        model: shape and parameter count; `None` when the config can't be read here (a hub name) or the family is not known.
-        memory: bytes per rank of the model states; `None` when `model` is.
+        transformers_config: what the model is built from, the vocabulary size filled in; `None` for a hub name.
+        model: shape and parameter count; `None` when the config can't be read here (a hub name) or the family is not
+            known.
+        memory: bytes per rank of the model states; `None` when `model` is, or when a DeepSpeed setting is not counted.
+        memory_by_stage: the same under each ZeRO stage, for comparison.
         deepspeed_config: the exact JSON that `deepspeed.initialize` gets.
         notes: what a person should know, such as why `model` is `None`.
     """
@@ -37,8 +61,10 @@ class Plan(BaseModel):
     layout: Layout
     batch: BatchPlan
     zero_stage: int
+    transformers_config: dict[str, Any] | None = None
     model: ModelShape | None
     memory: MemoryPlan | None
+    memory_by_stage: dict[int, MemoryPlan] | None = None
     deepspeed_config: dict[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -47,7 +73,118 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
     """Resolve a recipe on given resources.
 
     Raises:
-        PlanError: they do not go together; the text lists every clash and what to set instead.
-        RecipeError: the DeepSpeed JSON that the recipe names is wrong.
+        PlanError: they do not go together, or a file that the recipe names is missing or wrong; the text lists every
+            clash of layout, batch, model and DeepSpeed config, and what to set instead.
     """
-    raise NotImplementedError
+    problems: list[Problem] = []
+    layout = _collect(problems, make_layout, recipe, resources)
+    batch = None if layout is None else _collect(problems, make_batch, recipe, layout)
+    config = _collect(problems, check_model, recipe)
+    if layout is None or batch is None:
+        # The rest of the DeepSpeed config is checked all the same, so that its problems are told at once.
+        layout = layout or Layout(world_size=resources.world_size, data_parallel_size=resources.world_size)
+        batch = BatchPlan(
+            micro_batch_size=recipe.training.micro_batch_size or 1,
+            gradient_accumulation_steps=recipe.training.gradient_accumulation_steps or 1,
+            global_batch_size=recipe.training.global_batch_size or 1,
+        )
+    deepspeed = _collect(problems, make_deepspeed_config, recipe, layout, batch)
+    if problems or deepspeed is None:
+        raise PlanError(recipe.name, problems)
+    return _assemble(recipe, resources, layout, batch, config, deepspeed)
+
+
+def replan(plan: Plan, world_size: int) -> Plan:
+    """Plan the same run on another number of workers: same global batch, new data-parallel size and accumulation.
+
+    The micro batch stays as it is, or becomes the largest smaller one that fits. Nothing is read from disk: the new
+    plan is a function of the old one.
+
+    Raises:
+        PlanError: the global batch can't be kept at this size; the text lists the sizes that work.
+    """
+    replicas, rest = divmod(world_size, plan.layout.model_parallel_size)
+    batch = None if rest or replicas < 1 else resize_batch(plan.batch, replicas)
+    if batch is None:
+        fits = ", ".join(str(size * plan.layout.model_parallel_size) for size in divisors(plan.batch.global_batch_size))
+        message = (
+            f"{world_size} workers cannot keep global_batch_size {plan.batch.global_batch_size}; sizes that can: {fits}"
+        )
+        raise PlanError(plan.recipe.name, [Problem(message, "training.global_batch_size")])
+    layout = plan.layout.model_copy(update={"world_size": world_size, "data_parallel_size": replicas})
+    zero = plan.deepspeed_config["zero_optimization"]
+    deepspeed = DeepSpeedPlan(
+        config=with_batch(plan.deepspeed_config, batch),
+        source="plan.json",
+        zero_stage=plan.zero_stage,
+        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none"),
+        offload_param=zero.get("offload_param", {}).get("device", "none"),
+    )
+    resources = plan.resources.resized(world_size)
+    return _assemble(plan.recipe, resources, layout, batch, plan.transformers_config, deepspeed)
+
+
+def _assemble(
+    recipe: Recipe,
+    resources: Resources,
+    layout: Layout,
+    batch: BatchPlan,
+    config: Mapping[str, Any] | None,
+    deepspeed: DeepSpeedPlan,
+) -> Plan:
+    model = None if config is None else model_shape(config)
+    by_stage = None
+    if config is not None and model is not None and uncounted_reason(deepspeed.config) is None:
+        settings = state_settings(deepspeed, recipe.training.precision, layout.data_parallel_size)
+        by_stage = memory_by_stage(list_parameters(config), settings)
+    return Plan(
+        recipe=recipe,
+        resources=resources,
+        layout=layout,
+        batch=batch,
+        zero_stage=deepspeed.zero_stage,
+        transformers_config=None if config is None else dict(config),
+        model=model,
+        memory=None if by_stage is None else by_stage[deepspeed.zero_stage],
+        memory_by_stage=by_stage,
+        deepspeed_config=deepspeed.config,
+        notes=tuple(_notes(recipe, resources, config, deepspeed)),
+    )
+
+
+def _notes(
+    recipe: Recipe, resources: Resources, config: Mapping[str, Any] | None, deepspeed: DeepSpeedPlan
+) -> list[str]:
+    notes = []
+    if config is None:
+        notes.append(
+            f"the config of {recipe.model.model_name_or_path} is on the hub and is not read here: "
+            "parameters, memory and longest sequence are not checked"
+        )
+    elif reason := unknown_reason(config):
+        notes.append(f"parameters and memory are not counted: {reason}")
+    if unread := unread_fields(recipe):
+        notes.append(f"model.config: transformers knows no {', '.join(unread)} in this family, and ignores it")
+    if reason := uncounted_reason(deepspeed.config):
+        notes.append(f"memory is not counted: {reason}")
+    if deepspeed.zero_stage == 0 and recipe.training.precision != "fp32":
+        notes.append(
+            f"ZeRO stage 0 in {recipe.training.precision}: DeepSpeed makes one optimizer step with zero gradients at the "
+            "start, so losses differ a little from plain PyTorch's; stage 1 makes none"
+        )
+    if resources.device == "cpu" and recipe.training.precision == "fp16":
+        notes.append(
+            "fp16 on CPU needs a processor that computes in it (AVX512-FP16 or AMX); DeepSpeed refuses the others"
+        )
+    return notes
+
+
+def _collect(
+    problems: list[Problem], function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result | None:
+    """Call one step of the planning; what it finds wrong is kept, so that the other steps can be asked too."""
+    try:
+        return function(*args, **kwargs)
+    except PlanError as error:
+        problems += error.problems
+        return None
