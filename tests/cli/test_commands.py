@@ -229,3 +229,26 @@ def test_the_installed_command_is_this_one(tmp_path):
     done = subprocess.run([command, "plan", "no.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.startswith("no.yaml: 1 problem\n")
+
+
+def test_prepare_says_where_the_data_is_and_a_second_call_finds_it(zerofleet, tmp_path, monkeypatch):
+    monkeypatch.setenv("ZEROFLEET_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "texts").mkdir()
+    for index in range(8):
+        (tmp_path / "texts" / f"{index}.txt").write_text(f"Text number {index} of eight. " * 50)
+    first = zerofleet("prepare", "small.yaml", "--json", "preprocessing_num_workers=1")
+    assert first.code == 0, first.err
+    facts = json.loads(first.out)
+    assert Path(facts["directory"]).is_relative_to(tmp_path / "cache")
+    assert facts["statistics"]["train"]["documents"] == 8
+    text = zerofleet("prepare", "small.yaml").out
+    assert text.startswith(f"small: prepared in {facts['directory']}\n  train       8 documents, ")
+    assert f"{facts['statistics']['train']['tokens']:,} tokens in " in text
+
+
+def test_prepare_names_the_line_of_missing_files(zerofleet, tmp_path, monkeypatch):
+    monkeypatch.setenv("ZEROFLEET_CACHE", str(tmp_path / "cache"))
+    outcome = zerofleet("prepare", "small.yaml")
+    assert outcome.code == 2
+    assert outcome.err.startswith("small.yaml: 1 problem\n  line 9  data.sources.0.files")
+    assert "texts/*.txt" in outcome.err
