@@ -123,7 +123,8 @@ def _absolute_source(source: Source, folder: Path) -> Source:
         update={
             "files": tuple(_absolute(pattern, literal_folder) for pattern in source.files),
             "exclude": tuple(
-                pattern if pattern.startswith("*") else _absolute(pattern, literal_folder) for pattern in source.exclude
+                _absolute(pattern, literal_folder) if pattern.startswith(_PATH_BEGINNINGS) else pattern
+                for pattern in source.exclude
             ),
         }
     )

@@ -74,8 +74,8 @@ class TextSource(_SourceBase):
     files: Annotated[tuple[str, ...], Field(min_length=1)]
     """Paths or globs (`**` crosses folders); relative ones are taken from the folder of the recipe."""
     exclude: tuple[str, ...] = ()
-    """Globs of files to leave out, matched against the whole path; those that begin with `*` match in any folder, other
-    relative ones are taken from the folder of the recipe."""
+    """Globs of files to leave out, matched against the whole path; a relative one matches at any depth, one that begins
+    with `./` or `../` from the folder of the recipe."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """What one document is: a file, a paragraph (separated by an empty line) or a line."""
 
@@ -87,8 +87,8 @@ class TableSource(_SourceBase):
     files: Annotated[tuple[str, ...], Field(min_length=1)]
     """Paths or globs (`**` crosses folders); relative ones are taken from the folder of the recipe."""
     exclude: tuple[str, ...] = ()
-    """Globs of files to leave out, matched against the whole path; those that begin with `*` match in any folder, other
-    relative ones are taken from the folder of the recipe."""
+    """Globs of files to leave out, matched against the whole path; a relative one matches at any depth, one that begins
+    with `./` or `../` from the folder of the recipe."""
 
 
 class SavedSource(_SourceBase):

@@ -20,7 +20,7 @@ def test_relative_paths_are_taken_from_the_folder_of_the_recipe(write_recipe, tm
             "    - type: text\n      files: [texts/*.txt]\n",
             "    - type: text\n"
             "      files: [texts/*.txt, ../up/**/*.txt, /abs/*.txt, ~/home.txt]\n"
-            "      exclude: ['**/test/**', '*.bak', texts/draft*, /abs/x]\n"
+            "      exclude: ['**/test/**', '*.bak', texts/draft*, ./texts/old*, ~/x, /abs/x]\n"
             "    - {type: saved, path: ../saved}\n"
             "    - {type: hub, path: owner/name}\n",
         ),
@@ -33,7 +33,14 @@ def test_relative_paths_are_taken_from_the_folder_of_the_recipe(write_recipe, tm
     text, saved, hub = recipe.data.sources
     folder, parent = str(tmp_path), str(tmp_path.parent)
     assert text.files == (f"{folder}/texts/*.txt", f"{parent}/up/**/*.txt", "/abs/*.txt", "/home/someone/home.txt")
-    assert text.exclude == ("**/test/**", "*.bak", f"{folder}/texts/draft*", "/abs/x")
+    assert text.exclude == (
+        "**/test/**",
+        "*.bak",
+        "texts/draft*",
+        f"{folder}/texts/old*",
+        "/home/someone/x",
+        "/abs/x",
+    )
     assert saved.path == f"{parent}/saved"
     assert hub.path == "owner/name"
     assert recipe.model.config == f"{folder}/models/config.json"
