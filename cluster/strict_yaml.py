@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
@@ -146,10 +146,10 @@ def _compose(text: str) -> Node | None:
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise _NotYamlError(f"is not YAML: the character {text[error.position]!r} is not allowed", line) from error
-    except YAMLError as error:
-        raise _NotYamlError(f"is not YAML: {error}", None) from error
     except RecursionError as error:
         raise _NotYamlError("is nested too deeply", None) from error
+    except Exception as error:  # on some text the parser trips over itself: %YAML 1.3, or "\\Uffffffff"
+        raise _NotYamlError(f"is not YAML: {error}", None) from error
     return node
 
 

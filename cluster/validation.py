@@ -99,12 +99,6 @@ class Place:
         """The dotted path."""
         return ".".join(self.path)
 
-    @property
-    def known_keys(self) -> tuple[str, ...]:
-        """Field names that may follow here; for a choice of models, those of all of them."""
-        models = [choice for choice in _choices(_unwrap(self.annotation)[0]) if _is_model(choice)]
-        return tuple(dict.fromkeys(name for model in models for name in model.model_fields))
-
 
 def locate(model_class: type[BaseModel], location: Sequence[str | int]) -> Place:
     """Find a place by pydantic's location.
