@@ -70,7 +70,10 @@ def _from_scratch(plan: Plan, auto_class: Any, config: Any, attention: str) -> P
         stack.enter_context(no_init_weights())
         if plan.zero_stage == 3:
             import deepspeed
+            from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
+            # zero.Init makes every new tensor 16 bit, rotary frequencies too; this keeps them fp32 and must come first.
+            stack.enter_context(prevent_arange_dtype_change())
             stack.enter_context(deepspeed.zero.Init(config_dict_or_path=plan.deepspeed_config))
         model: PreTrainedModel = auto_class.from_config(config, attn_implementation=attention, dtype=torch.float32)
     initialize_weights(model, plan.recipe.seed, partitioned=plan.zero_stage == 3)

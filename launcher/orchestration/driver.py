@@ -204,10 +204,11 @@ def _supervise(
     attempt: dict[str, Any] = {}
 
     def record(state: RunState, facts: dict[str, Any]) -> None:
-        on_event(state, facts)
         if state is RunState.RUNNING:
-            attempt.update(attempt=facts["attempt"], started=time.time(), workers=group.placements)
-        elif attempt and (state.is_final or state is RunState.RECOVERING):
+            facts = {**facts, "workers": [_whereabouts(rank, place) for rank, place in enumerate(group.placements)]}
+            attempt.update(attempt=facts["attempt"], started=time.time(), workers=facts["workers"])
+        on_event(state, facts)
+        if attempt and (state.is_final or state is RunState.RECOVERING):
             append_json_line(
                 run_directory.attempts, {**attempt, "ended": time.time(), "outcome": state.value, "facts": facts}
             )
@@ -224,6 +225,11 @@ def _supervise(
     finally:
         group.stop()
     return supervisor
+
+
+def _whereabouts(rank: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """Where a rank runs, for people and for tools that look at processes."""
+    return {"rank": rank, "hostname": facts["hostname"], "address": facts["address"], "pid": facts["pid"]}
 
 
 @contextmanager

@@ -64,7 +64,9 @@ def describe(failures: list[Failure]) -> str:
     for other in sorted(failures, key=lambda failure: failure.rank):
         if other is not cause:
             note = " (follows from the first failure)" if other.is_echo else ""
-            lines.append(f"rank {other.rank} then: {other.message.splitlines()[0] if other.message else other.kind}{note}")
+            lines.append(
+                f"rank {other.rank} then: {other.message.splitlines()[0] if other.message else other.kind}{note}"
+            )
     return "\n".join(lines)
 
 

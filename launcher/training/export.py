@@ -59,7 +59,9 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
     tied = set(model.all_tied_weights_keys)
     mismatch = (set(model.state_dict()) ^ set(state)) - tied
     if mismatch:
-        raise CheckpointError(f"checkpoint {folder} does not hold the plan's model; differing names: {sorted(mismatch)[:5]}")
+        raise CheckpointError(
+            f"checkpoint {folder} does not hold the plan's model; differing names: {sorted(mismatch)[:5]}"
+        )
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
     model.tie_weights()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)

@@ -16,7 +16,7 @@ from launcher.tasks import TASKS, Task
 from launcher.training import manifest as manifests
 from launcher.training.checkpoint import CheckpointManager, Progress
 from launcher.training.context import Phase, WorkerContext
-from launcher.training.distributed import Agreement, join_process_group, max_over_ranks, sum_over_ranks
+from launcher.training.distributed import Agreement, max_over_ranks, sum_over_ranks
 from launcher.training.engine import build_engine, total_steps
 from launcher.training.evaluation import Evaluation, evaluate, generate
 from launcher.training.export import export_checkpoint
@@ -70,18 +70,19 @@ class StepReport:
     stop: bool
 
 
-def train(plan: Plan, context: WorkerContext, prepared: PreparedData) -> TrainResult:
+def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: torch.device) -> TrainResult:
     """Train from the newest checkpoint (or the start) to the end, on this rank.
 
     Args:
         plan: of the run.
         context: this rank's place in it.
         prepared: the data, on a file system that this rank sees.
+        device: where this rank computes; the process group has been joined.
 
     Returns:
         How it ended; the same on every rank but for the metrics, which only rank 0 has.
     """
-    session = open_session(plan, context, prepared)
+    session = open_session(plan, context, prepared, device)
     progress, heartbeat = session.progress, context.heartbeat
     throughput = Throughput()
     loader = _train_loader(session)
@@ -104,11 +105,9 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData) -> TrainRe
     return _finish(session, stopped=not _finished(session))
 
 
-def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData) -> Session:
-    """Join the process group, build model and engine, and load the newest checkpoint."""
+def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, device: torch.device) -> Session:
+    """Build model and engine, and load the newest checkpoint."""
     heartbeat = context.heartbeat
-    heartbeat.enter(Phase.RENDEZVOUS)
-    device = join_process_group(plan.resources.device, context.local_rank)
     heartbeat.enter(Phase.ENGINE)
     task: Task = TASKS[plan.recipe.task](plan)
     samples = sum(len(dataset) for dataset in prepared.split("train"))
@@ -261,7 +260,6 @@ def _finish(session: Session, *, stopped: bool) -> TrainResult:
     dist.barrier()
     session.context.heartbeat.enter(Phase.DONE)
     session.engine.destroy()
-    dist.destroy_process_group()
     return TrainResult(
         status="stopped" if stopped else "complete",
         step=progress.step,

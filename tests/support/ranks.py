@@ -1,0 +1,121 @@
+"""Real gloo ranks that stay alive over many test cases: a process group costs seconds to start, a case a fraction of one.
+
+Each rank is this file run as a program; it takes one JSON request a line (`{"call": "module:function", "arguments": {...}}`) and
+answers with one JSON line. The functions stand in `tests/support/cases.py`.
+"""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+SUPPORT = Path(__file__).parent
+ANSWER = "@answer "
+
+
+class Ranks:
+    """`size` processes joined in one gloo group."""
+
+    def __init__(self, size: int, log_directory: Path) -> None:
+        self.size = size
+        self.logs = [log_directory / f"rank_{rank}.log" for rank in range(size)]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.processes = []
+        for rank in range(size):
+            environment = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "LOCAL_WORLD_SIZE": str(size),
+                "LOCAL_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "DS_ACCELERATOR": "cpu",
+                "OMP_NUM_THREADS": "1",
+                "TORCHDYNAMO_DISABLE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "TORCH_EXTENSIONS_DIR": os.environ.get(
+                    "TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / "zerofleet-test-extensions")
+                ),
+            }
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(SUPPORT / "ranks.py")],
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self.logs[rank].open("w"),
+                    text=True,
+                    start_new_session=True,
+                )
+            )
+
+    def call(self, function: str, **arguments: Any) -> list[Any]:
+        """Call `module:function` on every rank at once; returns the results by rank.
+
+        Raises:
+            AssertionError: a rank raised; the text holds every rank's traceback.
+        """
+        request = json.dumps({"call": function, "arguments": arguments}) + "\n"
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(request)
+            process.stdin.flush()
+        answers = [self._answer(rank) for rank in range(self.size)]
+        failed = [f"rank {rank}: {answer['error']}" for rank, answer in enumerate(answers) if "error" in answer]
+        if failed:
+            self.close()
+            raise AssertionError("\n".join(failed))
+        return [answer["result"] for answer in answers]
+
+    def _answer(self, rank: int) -> dict[str, Any]:
+        stdout = self.processes[rank].stdout
+        assert stdout is not None
+        for line in stdout:
+            if line.startswith(ANSWER):
+                answer: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
+                return answer
+        return {"error": f"ended with {self.processes[rank].wait()}: {self.logs[rank].read_text()[-3000:]}"}
+
+    def close(self) -> None:
+        """End every rank, by pid."""
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
+
+
+def serve() -> None:
+    """Join the group and answer requests until stdin closes."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # libraries print to stdout; only answers may go there
+    sys.path.insert(0, str(SUPPORT))
+    from launcher.training.distributed import join_process_group
+
+    join_process_group("cpu", 0)
+    for line in sys.stdin:
+        request = json.loads(line)
+        module, _, name = request["call"].partition(":")
+        try:
+            result = getattr(importlib.import_module(module), name)(**request["arguments"])
+            answer = {"result": result}
+        except BaseException:
+            answer = {"error": traceback.format_exc()}
+        answers.write(ANSWER + json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    serve()

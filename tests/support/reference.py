@@ -1,0 +1,67 @@
+"""An independent reference: one process, plain PyTorch. Shares with the launcher the model class and the batches, nothing else."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from launcher.data.sampler import GlobalOrder
+from launcher.data.store import PreparedData
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Per-step losses (mean over all targets of the global batch) and gradient norms before clipping."""
+
+    losses: list[float]
+    grad_norms: list[float]
+
+
+def global_batch(data: Path, seed: int, step: int, size: int) -> dict[str, torch.Tensor]:
+    """Rows of one global batch, in the global order."""
+    (dataset,) = PreparedData.load(data).split("train")
+    order = GlobalOrder([len(dataset)], [1.0], seed=seed, shuffle=True)
+    _, rows, _ = order.locate(np.arange(step * size, (step + 1) * size, dtype=np.int64))
+    samples = [dataset[int(row)] for row in rows]
+    return {
+        name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in ("input_ids", "labels", "position_ids")
+    }
+
+
+def train(data: Path, model_folder: Path, recipe: Any, global_batch_size: int, steps: int) -> Reference:
+    """Train with torch.optim.AdamW on whole global batches."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    o, t = recipe.optimizer, recipe.training
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=t.learning_rate,
+        betas=(o.adam_beta1, o.adam_beta2),
+        eps=o.adam_epsilon,
+    )
+    losses, norms = [], []
+    for step in range(steps):
+        batch = global_batch(data, recipe.seed, step, global_batch_size)
+        for group in optimizer.param_groups:
+            group["lr"] = t.learning_rate * cosine_with_warmup(step, t.warmup_steps, t.max_steps)
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        targets = batch["labels"][:, 1:].reshape(-1)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(len(targets), -1), targets, ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), t.max_grad_norm)))
+        optimizer.step()
+        losses.append(loss.item())
+    return Reference(losses, norms)
+
+
+def cosine_with_warmup(step: int, warmup: int, total: int) -> float:
+    """Linear from 0 to 1, then half a cosine to 0 (Loshchilov and Hutter, arXiv 1608.03983, without restarts)."""
+    if step < warmup:
+        return step / max(1, warmup)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
