@@ -46,3 +46,11 @@ class DocumentError(ExpectedError):
 
     def __reduce__(self) -> tuple[type["DocumentError"], tuple[str, list[Problem]]]:
         return type(self), (self.source, self.problems)
+
+
+class BackendError(ExpectedError):
+    """A scheduler, a host or a cluster refuses, cannot be reached, or does not know a job; with its own words."""
+
+
+class JobLookupError(ExpectedError):
+    """No job, or more than one, is meant by what was typed."""

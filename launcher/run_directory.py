@@ -107,7 +107,8 @@ class RunDirectory:
                 pass
         except OSError as error:
             raise RunDirectoryError(
-                f"run directory {self.path} cannot be written: {error.strerror or error}; name another one with --run-dir"
+                f"run directory {self.path} cannot be written: {error.strerror or error}; "
+                "name another one with --run-dir"
             ) from error
 
 

@@ -3,12 +3,16 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launcher.cli.live import LiveObserver, print_summary
 from launcher.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from cluster.profile import Profile
+    from launcher.planning.plan import Plan
 
 INTERRUPTED = 130
 
@@ -26,16 +30,28 @@ def run(
     """
     from cluster.profile import load_profile
     from launcher.planning.plan import make_plan
-    from launcher.recipe.loading import load_recipe
-    from launcher.submit import resources_of, run_foreground
+    from launcher.recipe.loading import read_recipe
+    from launcher.submit import resources_of
 
-    loaded = load_recipe(recipe, overrides or ())
-    where = load_profile(profile)
-    plan = make_plan(loaded, resources_of(where))
-    directory = RunDirectory.at(run_dir or Path("runs") / loaded.name)
-    observer = LiveObserver(plan, directory, quiet=as_json)
+    loaded = read_recipe(recipe, overrides or ())
+    directory = RunDirectory.at(run_dir or Path("runs") / loaded.recipe.name)
+    with loaded.locating():
+        where = load_profile(profile)
+        plan = make_plan(loaded.recipe, resources_of(where))
+        summary = _watched(LiveObserver(plan, directory, quiet=as_json), plan, where, directory)
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        print_summary(summary, plan, directory)
+    if summary["status"] != "complete":
+        raise typer.Exit(INTERRUPTED)
+
+
+def _watched(observer: LiveObserver, plan: "Plan", profile: "Profile", directory: RunDirectory) -> dict[str, Any]:
+    from launcher.submit import run_foreground
+
     try:
-        summary = run_foreground(plan, where, directory, observer)
+        return run_foreground(plan, profile, directory, observer)
     except KeyboardInterrupt:
         observer.close()
         print(
@@ -45,12 +61,6 @@ def run(
         raise typer.Exit(INTERRUPTED) from None
     finally:
         observer.close()
-    if as_json:
-        print(json.dumps(summary, indent=1))
-    else:
-        print_summary(summary, plan, directory)
-    if summary["status"] != "complete":
-        raise typer.Exit(INTERRUPTED)
 
 
 def export(

@@ -1,0 +1,1 @@
+"""Building transformers models on every rank."""

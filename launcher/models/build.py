@@ -37,8 +37,8 @@ def build_config(plan: Plan) -> Any:
 def build_model(plan: Plan, auto_class: Any) -> PreTrainedModel:
     """Build the plan's model with weights.
 
-    Random weights are a function of (seed, module name) alone: equal for every ZeRO stage and every layout, because each
-    module is initialised under its own seed, with only its own parameters gathered.
+    Random weights are a function of (seed, module name) alone: equal for every ZeRO stage and every layout, because
+    each module is initialised under its own seed, with only its own parameters gathered.
 
     Args:
         plan: names the model, its precision and the ZeRO stage.
@@ -85,7 +85,8 @@ def _pretrained(plan: Plan, auto_class: Any, config: Any, attention: str) -> Pre
     if plan.zero_stage == 3:
         from transformers.integrations import HfDeepSpeedConfig
 
-        # transformers looks at a module-level weak reference to this object; it partitions while loading as long as it lives.
+        # transformers looks at a module-level weak reference to this object; it partitions while loading as long as
+        # it lives.
         keep = HfDeepSpeedConfig(plan.deepspeed_config)
     else:
         keep = None

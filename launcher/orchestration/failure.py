@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 ECHO = re.compile(
-    r"Connection (closed|reset) by peer|Broken pipe|Read error|Socket (closed|Timeout)|remote process exited|NCCL .*remote error",
-    re.IGNORECASE,
+    r"Connection (closed|reset) by peer|Broken pipe|Read error|Socket (closed|Timeout)"
+    r"|remote process exited|NCCL .*remote error",
 )
 """What a rank says when another one is gone: gloo's `transport/tcp/pair.cc` and NCCL's proxy."""
 

@@ -9,7 +9,7 @@ from launcher.orchestration.failure import Failure, FailureKind, FailurePolicy, 
 from launcher.training.context import Beat
 
 ECHO_GRACE_S = 2.0
-"""How long to wait for the cause when only echoes were heard (a killed process is reported by Ray within about a second)."""
+"""How long to wait for the cause when only echoes were heard; Ray reports a killed process within about a second."""
 
 
 class RunState(StrEnum):

@@ -108,7 +108,8 @@ class WorkerGroup:
         if not group.wait(PLACEMENT_TIMEOUT_S):
             remove_placement_group(group)
             raise ResourceError(
-                f"the cluster has the resources for {self.shape.nodes} x {self.shape.bundle}, but other work holds them: free now "
+                f"the cluster has the resources for {self.shape.nodes} x {self.shape.bundle}, "
+                "but other work holds them: free now "
                 f"are {_readable(ray.available_resources())}; waited {PLACEMENT_TIMEOUT_S:.0f} s"
             )
         return group
@@ -117,7 +118,7 @@ class WorkerGroup:
         """Ranks node by node, with the master on rank 0's node."""
         per_node = self.shape.workers_per_node
         placements = []
-        for rank, facts in enumerate(self.placements):
+        for rank in range(self.world_size):
             first = rank // per_node * per_node
             gpus = [gpu for other in self.placements[first : first + per_node] for gpu in other["gpu_ids"]]
             placements.append(
@@ -132,7 +133,6 @@ class WorkerGroup:
                     visible_devices=",".join(sorted(gpus, key=lambda gpu: (len(gpu), gpu))),
                 )
             )
-            del facts
         return placements
 
     def poll(self) -> GroupStatus:
@@ -155,8 +155,8 @@ class WorkerGroup:
         if "result" in outcome:
             self._results[rank] = outcome["result"]
         else:
-            error = outcome["error"]
-            self._failures.append(Failure(**{**error, "kind": FailureKind(error["kind"])}))
+            facts = outcome["error"]
+            self._failures.append(Failure(**{**facts, "kind": FailureKind(facts["kind"])}))
 
     def _collect_beats(self) -> None:
         asked = {self._actors[rank].poll.remote(): rank for rank in self._waits.values()}
@@ -209,7 +209,8 @@ def check_cluster(shape: GroupShape) -> None:
         return
     has = "; ".join(f"{node['NodeManagerHostname']} has {_readable(node['Resources'])}" for node in nodes) or "no node"
     raise ResourceError(
-        f"the profile asks for {shape.nodes} node(s) with {_readable(bundle)} each ({shape.workers_per_node} workers of "
+        f"the profile asks for {shape.nodes} node(s) with {_readable(bundle)} each "
+        f"({shape.workers_per_node} workers of "
         f"{shape.cpus_per_worker:g} CPU), but the cluster has {len(fitting)} such node(s): {has}. "
         "Set nodes, workers_per_node or cpus_per_worker in the profile to what there is."
     )

@@ -28,12 +28,14 @@ class CausalLanguageModelling:
 
     def build_model(self) -> torch.nn.Module:
         """Build the model in the recipe's precision."""
-        return build_model(self.plan, AutoModelForCausalLM)
+        model: torch.nn.Module = build_model(self.plan, AutoModelForCausalLM)
+        return model
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack rows to `input_ids`, `labels`, `position_ids`, int64 of shape [samples, sequence_length] each.
 
-        Labels come shifted: `labels[:, t]` is the token after `input_ids[:, t]`, so that the loss needs no copy of the logits.
+        Labels come shifted: `labels[:, t]` is the token after `input_ids[:, t]`, so that the loss needs no copy of
+        the logits.
         """
         batch = {
             name: torch.from_numpy(np.stack([sample[name] for sample in samples]))

@@ -1,0 +1,1 @@
+"""What one rank does: engine, loop, checkpoints, evaluation, records, export."""

@@ -33,8 +33,8 @@ class Progress:
 class CheckpointManager:
     """Saves, finds, loads and prunes the checkpoints of one run; every rank has one, and calls are collective.
 
-    The order on disk: every rank writes into `step_XXXXXXXX.incomplete/`; after a barrier rank 0 writes the manifest and
-    renames the folder. A crash before the rename leaves a folder that no reader takes for a checkpoint.
+    The order on disk: every rank writes into `step_XXXXXXXX.incomplete/`; after a barrier rank 0 writes the manifest
+    and renames the folder. A crash before the rename leaves a folder that no reader takes for a checkpoint.
     """
 
     def __init__(self, directory: Path, plan: Plan, data_fingerprint: str) -> None:
@@ -59,7 +59,8 @@ class CheckpointManager:
         except (OSError, RuntimeError) as error:
             free = shutil.disk_usage(self.directory).free / 2**20
             raise StorageError(
-                f"checkpoint at step {progress.step} cannot be written to {self.directory} ({free:,.0f} MiB free there): {error}"
+                f"checkpoint at step {progress.step} cannot be written to {self.directory} "
+                f"({free:,.0f} MiB free there): {error}"
             ) from error
         dist.barrier()
 

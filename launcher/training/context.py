@@ -73,7 +73,7 @@ class Heartbeat:
         self.timeline.setdefault(name, time.time())
 
     def read(self) -> Beat:
-        """Return a snapshot; fields may be from two neighbouring moments, which a reader of heartbeats can live with."""
+        """Return a snapshot; its fields may be from two neighbouring moments, which a reader can live with."""
         return Beat(
             self.rank, self.step, self._phase, self._since, dict(self.metrics), self.max_steps, dict(self.timeline)
         )

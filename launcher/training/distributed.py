@@ -31,8 +31,8 @@ def join_process_group(device: str, local_rank: int) -> torch.device:
 class Agreement:
     """One small all-reduce a step, started before the forward pass and read before the first backward pass.
 
-    It carries how many targets the global batch holds (the loss is divided by it) and whether any rank was asked to stop
-    (so that all ranks end at the same step).
+    It carries how many targets the global batch holds (the loss is divided by it) and whether any rank was asked to
+    stop (so that all ranks end at the same step).
     """
 
     def __init__(self, num_targets: int, stop: bool, device: torch.device) -> None:

@@ -78,7 +78,8 @@ def generate(
     limit = plan.model.max_position_embeddings if plan.model else None
     engine.eval()
     texts = {}
-    # The same seed on every rank: under ZeRO 3 all must sample the same tokens, or one would stop earlier and hang the rest.
+    # The same seed on every rank: under ZeRO 3 all must sample the same tokens, or one would stop earlier and hang
+    # the rest.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(plan.recipe.seed + step)
         for prompt in settings.prompts:

@@ -61,7 +61,10 @@ class Session:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step measured; `loss_sum` is this rank's, a float64 scalar on the device (reading it would wait for it)."""
+    """What one optimizer step measured.
+
+    `loss_sum` is this rank's, a float64 scalar still on the device: reading it would wait for the device.
+    """
 
     loss_sum: torch.Tensor
     num_targets: int
@@ -145,8 +148,8 @@ def _train_loader(session: Session) -> BatchLoader:
 def train_step(session: Session, step_batch: StepBatch) -> StepReport:
     """Make one optimizer step on this rank's part of a global batch.
 
-    The loss is `sum over all targets of all ranks / their count`: each micro batch's sum is divided by the global count and
-    multiplied by the data-parallel size, because DeepSpeed averages gradients over data-parallel ranks.
+    The loss is `sum over all targets of all ranks / their count`: each micro batch's sum is divided by the global
+    count and multiplied by the data-parallel size, because DeepSpeed averages gradients over data-parallel ranks.
     """
     engine, task, heartbeat = session.engine, session.task, session.context.heartbeat
     learning_rate = float(engine.get_lr()[0])

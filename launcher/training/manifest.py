@@ -1,6 +1,5 @@
 """What a complete checkpoint says of itself. No torch here: the driver reads it before it starts a worker."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -84,7 +83,8 @@ def read_manifest(folder: Path) -> Manifest:
             wrong.append(f"{name} has {'no file' if present is None else f'{present} bytes'} instead of {size} bytes")
     if wrong:
         raise CheckpointError(
-            f"checkpoint {folder} is damaged: {'; '.join(wrong)}. Move the folder away to resume from the one before it."
+            f"checkpoint {folder} is damaged: {'; '.join(wrong)}. "
+            "Move the folder away to resume from the one before it."
         )
     return manifest
 
@@ -141,7 +141,7 @@ def check_resumable(manifest: Manifest, plan: Plan, data_fingerprint: str, folde
             + "\n  ".join(changed)
             + "\nStart a new run with --run-dir, or give the recipe the checkpoint's values."
         )
-    shape = {"zero.stage": (manifest.zero_stage, plan.zero_stage)}
+    shape: dict[str, tuple[Any, Any]] = {"zero.stage": (manifest.zero_stage, plan.zero_stage)}
     shape |= {name: (size, getattr(plan.layout, name)) for name, size in manifest.layout.model_dump().items()}
     shape["training.precision"] = (manifest.precision, plan.recipe.training.precision)
     different = [f"{name}: {then} in the checkpoint, {now} now" for name, (then, now) in shape.items() if then != now]
@@ -151,9 +151,3 @@ def check_resumable(manifest: Manifest, plan: Plan, data_fingerprint: str, folde
             + "\n  ".join(different)
             + "\nRun with the checkpoint's values, or start a new run with --run-dir."
         )
-
-
-def to_json(manifest: Manifest) -> dict[str, Any]:
-    """The manifest as plain data."""
-    data: dict[str, Any] = json.loads(manifest.model_dump_json())
-    return data

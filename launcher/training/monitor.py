@@ -125,7 +125,7 @@ class Monitor:
             writer.file_writer.add_summary(summary)
 
     def rates(self, throughput: Throughput) -> dict[str, float]:
-        """Tokens, samples and model FLOPs per second since the last reading, and MFU where the device's peak is known."""
+        """Tokens, samples and model FLOPs per second since the last reading; MFU where the device's peak is known."""
         samples_per_second, step_seconds = throughput.read()
         rates = {
             "tokens_per_second": samples_per_second * self.tokens_per_sample,

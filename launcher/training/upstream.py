@@ -1,4 +1,4 @@
-"""Faults of the pinned DeepSpeed 0.19.8 and torch that we correct, all of them here, each with its place in their source."""
+"""Faults of the pinned DeepSpeed 0.19.8 and torch that we correct, all of them here, with their place in the source."""
 
 import datetime
 import os
@@ -18,8 +18,8 @@ def quiet_known_warnings() -> None:
 def disable_cpu_shared_memory_op() -> None:
     """Keep DeepSpeed from building and loading its shared-memory all-reduce on CPU.
 
-    `deepspeed/comm/torch.py: build_shm_op` compiles it at the first `init_distributed` (30 s), takes a file lock at every
-    later start that a killed process leaves behind for ever, and leaves a 66 MiB file a rank in /dev/shm
+    `deepspeed/comm/torch.py: build_shm_op` compiles it at the first `init_distributed` (30 s), takes a file lock at
+    every later start that a killed process leaves behind for ever, and leaves a 66 MiB file a rank in /dev/shm
     (`csrc/cpu/comm/shm.cpp`). Only `inference_all_reduce` uses it, training never does.
     """
     import deepspeed.ops
@@ -30,8 +30,8 @@ def disable_cpu_shared_memory_op() -> None:
 def set_collective_timeout(seconds: float) -> None:
     """Make every process group, DeepSpeed's own ones too, give up after `seconds`.
 
-    DeepSpeed makes its groups with `new_group` and without a time-out, so `init_distributed(timeout=...)` does not reach
-    them; torch's default of 30 minutes does. The default is therefore what must change, before any group is made.
+    DeepSpeed makes its groups with `new_group` and without a time-out, so `init_distributed(timeout=...)` does not
+    reach them; torch's default of 30 minutes does. The default is therefore what must change, before any group is made.
     """
     c10d.default_pg_timeout = datetime.timedelta(seconds=seconds)
 
@@ -39,7 +39,8 @@ def set_collective_timeout(seconds: float) -> None:
 def avoid_compiler_import() -> None:
     """Skip inductor's import (2 s a rank) at `deepspeed.initialize` on CPU.
 
-    `deepspeed/runtime/zero/muon/original_muon.py` decorates a function with `torch.compile` at import. The switch must be
+    `deepspeed/runtime/zero/muon/original_muon.py` decorates a function with `torch.compile` at import. The switch
+    must be
     set before torch is imported, and turns off `torch.compile` for the process, so it is for runs that do not compile.
     """
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

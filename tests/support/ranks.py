@@ -1,7 +1,7 @@
-"""Real gloo ranks that stay alive over many test cases: a process group costs seconds to start, a case a fraction of one.
+"""Real gloo ranks that stay alive over many test cases: a group costs seconds to start, a case a fraction of one.
 
-Each rank is this file run as a program; it takes one JSON request a line (`{"call": "module:function", "arguments": {...}}`) and
-answers with one JSON line. The functions stand in `tests/support/cases.py`.
+Each rank is this file run as a program; it takes one JSON request a line (`{"call": "module:function", "arguments":
+{...}}`) and answers with one JSON line. The functions stand in `tests/support/cases.py`.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""An independent reference: one process, plain PyTorch. Shares with the launcher the model class and the batches, nothing else."""
+"""An independent reference: one process, plain PyTorch. Shares the model class and the batches, nothing else."""
 
 import math
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""Every ZeRO stage gives the per-step losses and gradient norms of one plain PyTorch process on the same global batches.
+"""Every ZeRO stage gives the per-step losses and gradient norms of one plain PyTorch process on the same batches.
 
-Accumulation is on, clipping is active at every step, the counts of targets differ between micro batches, and the learning
-rate warms up. Tolerance 1e-5 in fp32 over 20 steps: sums of a few hundred float32 terms in another order.
+Accumulation is on, clipping is active at every step, the counts of targets differ between micro batches, and the
+learning rate warms up. Tolerance 1e-5 in fp32 over 20 steps: sums of a few hundred float32 terms in another order.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """What a run leaves for people: TensorBoard events, metrics, samples, an export, and exact evaluation."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ MakeRun = Callable[..., tuple[RunDirectory, Plan]]
 
 @pytest.mark.distributed
 def test_tensorboard_reads_what_was_written(two_ranks: Ranks, make_run: MakeRun, prepared: PreparedData) -> None:
-    directory, plan = make_run(
+    directory, _ = make_run(
         "max_steps=6", "eval_steps=3", "logging.tensorboard=true", 'evaluation.generate.prompts=["def "]'
     )
     two_ranks.call("cases:run", run_directory=str(directory.path), data=str(prepared.directory))
@@ -51,7 +51,7 @@ def test_tensorboard_reads_what_was_written(two_ranks: Ranks, make_run: MakeRun,
 
 
 @pytest.fixture
-def engine_case(two_ranks: Ranks, make_run: MakeRun, prepared: PreparedData) -> Iterator[Callable[..., None]]:
+def engine_case(two_ranks: Ranks, make_run: MakeRun, prepared: PreparedData) -> Callable[..., None]:
     """Train a few steps, then compare the engine's logits with the export's."""
 
     def check(*overrides: str, tolerance: float) -> None:
@@ -69,7 +69,7 @@ def engine_case(two_ranks: Ranks, make_run: MakeRun, prepared: PreparedData) -> 
         torch.testing.assert_close(actual, torch.tensor(expected), atol=tolerance, rtol=0)
         _check_folder(directory.export, prepared)
 
-    yield check
+    return check
 
 
 def _check_folder(export: Path, prepared: PreparedData) -> None:
@@ -104,7 +104,7 @@ def test_export_of_bf16_training(stage: int, engine_case: Callable[..., None]) -
 def test_evaluation_is_exact_over_all_tokens(
     one_rank: Ranks, two_ranks: Ranks, make_run: MakeRun, prepared: PreparedData, model_folder: Path
 ) -> None:
-    """17 samples on 2 ranks with micro batches of 2: no multiple of anything, and one is counted by neither rank twice."""
+    """17 samples on 2 ranks with micro batches of 2: no multiple of anything, and each counted once."""
     overrides = (
         *("model.config=null", f"model.model_name_or_path={model_folder}", "tokenizer.train=null"),
         *("max_steps=1", "eval_steps=1", "max_eval_samples=17", "learning_rate=1e-12"),

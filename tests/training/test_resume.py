@@ -145,7 +145,7 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=r"mp_rank_00_model_states.pt has \d+ bytes instead of \d+"):
             manifests.read_manifest(folder)
         victim.unlink()
-        with pytest.raises(CheckpointError, match="mp_rank_00_model_states.pt has no file"):
+        with pytest.raises(CheckpointError, match=r"mp_rank_00_model_states\.pt has no file"):
             manifests.read_manifest(folder)
 
     def test_a_damaged_manifest_is_named(self, saved: RunDirectory, tmp_path: Path) -> None:
@@ -154,5 +154,5 @@ class TestRefusals:
         folder = manifests.complete(copy)[-1]
         path = folder / manifests.MANIFEST_NAME
         path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
-        with pytest.raises(CheckpointError, match="manifest.json cannot be read"):
+        with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
             manifests.read_manifest(folder)

@@ -1,0 +1,217 @@
+"""`zerofleet run` as a user meets it: real Ray, real DeepSpeed workers, real signals."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.run_directory import RunDirectory, read_json_lines
+from launcher.training import manifest as manifests
+from tests.orchestration.conftest import Zerofleet, records, wait_for, wait_for_step, worker_pids
+
+pytestmark = [pytest.mark.ray, pytest.mark.distributed]
+
+
+def test_a_killed_worker_is_replaced_and_nothing_changes(
+    zerofleet: Zerofleet, uninterrupted: RunDirectory, tmp_path: Path
+) -> None:
+    directory = RunDirectory.at(tmp_path / "run")
+    process = zerofleet.start("run", str(zerofleet.recipe), "--run-dir", str(directory.path))
+    wait_for_step(directory, 7)
+    victim = worker_pids(directory)[1]
+    os.kill(victim, signal.SIGKILL)
+    killed = time.time()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    events = read_json_lines(directory.events)
+    (recovering,) = [event for event in events if event["state"] == "recovering"]
+    assert (recovering["rank"], recovering["kind"]) == (1, "died"), "the killed rank is the cause, not its peer's echo"
+    assert recovering["time"] - killed < 3
+    assert records(directory) == records(uninterrupted)
+    attempts = read_json_lines(directory.attempts)
+    assert [(attempt["attempt"], attempt["outcome"]) for attempt in attempts] == [(1, "recovering"), (2, "complete")]
+    assert "resuming" not in err  # the driver says so only when it starts on an old run
+    for pid in worker_pids(directory).values():
+        wait_for(lambda pid=pid: not psutil.pid_exists(pid), f"end of worker {pid}")
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(
+    zerofleet: Zerofleet, uninterrupted: RunDirectory, tmp_path: Path
+) -> None:
+    directory = RunDirectory.at(tmp_path / "run")
+    process = zerofleet.start("run", str(zerofleet.recipe), "--run-dir", str(directory.path))
+    wait_for_step(directory, 6)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped and saved at step" in out
+    assert "Traceback" not in err
+    newest = manifests.complete(directory.checkpoints)[-1]
+    step = manifests.read_manifest(newest).step
+    assert 6 <= step < 20
+    assert not directory.summary.exists()
+    summary = zerofleet.train(directory.path)
+    assert (summary["status"], summary["step"]) == ("complete", 20)
+    assert records(directory) == records(uninterrupted)
+    again = zerofleet.train(directory.path)
+    assert again["already_complete"]
+    assert len(read_json_lines(directory.attempts)) == 2, "a complete run starts no worker"
+
+
+def test_a_second_ctrl_c_ends_at_once(zerofleet: Zerofleet, tmp_path: Path) -> None:
+    directory = RunDirectory.at(tmp_path / "run")
+    process = zerofleet.start("run", str(zerofleet.recipe), "max_steps=100000", "--run-dir", str(directory.path))
+    wait_for_step(directory, 2)
+    pids = worker_pids(directory)
+    os.kill(pids[0], signal.SIGSTOP)  # now no step can end, so the first Ctrl-C alone would wait
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "ended at once" in err
+    for pid in pids.values():
+        wait_for(lambda pid=pid: not psutil.pid_exists(pid), f"end of worker {pid}")
+
+
+def test_an_exception_in_a_worker_is_shown_whole_and_first(zerofleet: Zerofleet, tmp_path: Path) -> None:
+    """A real failure: the model's forward pass refuses what the data holds (a vocabulary cut after preparation)."""
+    directory = RunDirectory.at(tmp_path / "run")
+    zerofleet.train(directory.path, "max_steps=1")
+    plan = json.loads(directory.plan.read_text())
+    plan["recipe"]["model"]["config"]["vocab_size"] = 300
+    plan["recipe"]["training"]["max_steps"] = 3
+    plan["recipe"]["fault_tolerance"]["max_restarts"] = 1
+    broken = RunDirectory.at(tmp_path / "broken")
+    broken.create()
+    broken.plan.write_text(json.dumps(plan))
+    process = __import__("subprocess").run(
+        [__import__("sys").executable, "-m", "launcher.orchestration.driver", str(broken.path)],
+        env={**os.environ, **zerofleet.environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 2
+    text = process.stderr
+    assert text.startswith("rank ")
+    assert "IndexError: index out of range in self" in text.splitlines()[0]
+    assert "Traceback (most recent call last)" in text
+    states = [event["state"] for event in read_json_lines(broken.events)]
+    assert states == ["starting", "running", "recovering", "running", "failed"]
+
+
+def test_more_workers_than_the_cluster_has(zerofleet: Zerofleet, tmp_path: Path) -> None:
+    profile = tmp_path / "big.yaml"
+    profile.write_text("name: big\nbackend: local\nworkers_per_node: 64\n")
+    began = time.monotonic()
+    code, _, err = zerofleet.run(
+        *("run", str(zerofleet.recipe), "--profile", str(profile), "--run-dir", str(tmp_path / "run")),
+        "gradient_accumulation_steps=null",
+        "global_batch_size=128",
+    )
+    assert code == 2, err
+    assert "asks for 1 node(s) with 64 CPU each" in err
+    assert "has 4 CPU" in err
+    assert "Traceback" not in err
+    assert time.monotonic() - began < 30
+
+
+def test_a_refused_model_is_an_error_without_a_traceback(zerofleet: Zerofleet, tmp_path: Path) -> None:
+    code, _, err = zerofleet.run(
+        *("run", str(zerofleet.recipe), "--run-dir", str(tmp_path / "run")), "model.config.hidden_act=no_such_act"
+    )
+    assert code == 2
+    assert "transformers" in err
+    assert "no_such_act" in err
+    assert "Traceback" not in err
+
+
+def test_another_model_in_the_same_run_directory_is_refused(zerofleet: Zerofleet, tmp_path: Path) -> None:
+    directory = RunDirectory.at(tmp_path / "run")
+    zerofleet.train(directory.path, "max_steps=1")
+    code, _, err = zerofleet.run(
+        *("run", str(zerofleet.recipe), "--run-dir", str(directory.path)), "max_steps=2", "model.config.hidden_size=64"
+    )
+    assert code == 2
+    assert "model.config.hidden_size: 32 in the checkpoint, 64 in the recipe" in err
+    assert "Traceback" not in err
+    summary = zerofleet.train(directory.path, "max_steps=2")
+    assert summary["step"] == 2, "the run directory stays usable"
+
+
+def test_an_unwritable_run_directory(zerofleet: Zerofleet, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    code, _, err = zerofleet.run("run", str(zerofleet.recipe), "--run-dir", str(tmp_path / "file" / "run"))
+    assert code == 2
+    assert "cannot be written" in err
+    assert "--run-dir" in err
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    """A real file system that is soon full."""
+    import subprocess
+
+    if os.geteuid() != 0:
+        pytest.skip("hardware: mounting a tmpfs needs root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_while_saving(zerofleet: Zerofleet, small_disk: Path, uninterrupted: RunDirectory) -> None:
+    directory = RunDirectory.at(small_disk / "run")
+    directory.create()
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"x" * 850_000)
+    code, _, err = zerofleet.run("run", str(zerofleet.recipe), "--run-dir", str(directory.path))
+    assert code == 2, err
+    assert "checkpoint at step 5 cannot be written" in err
+    assert "MiB free there" in err
+    assert "Traceback" not in err
+    assert manifests.complete(directory.checkpoints) == []
+    ballast.unlink()
+    zerofleet.train(directory.path, "save_total_limit=1")
+    losses, _ = records(directory)
+    assert losses == records(uninterrupted)[0], "the run directory stays usable"
+
+
+def test_no_ray_at_the_address(zerofleet: Zerofleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(zerofleet.environment, "RAY_ADDRESS", "nonsense")
+    code, _, err = zerofleet.run("run", str(zerofleet.recipe), "--run-dir", str(tmp_path / "run"))
+    assert code == 2
+    assert "RAY_ADDRESS=nonsense is not of the form HOST:PORT" in err
+
+
+def test_a_cold_start_needs_nothing_but_the_command(tiny_recipe: Path, tmp_path: Path) -> None:
+    """The embedded Ray comes, trains, exports and leaves no process and no folder behind."""
+    environment = dict.fromkeys(("RAY_ADDRESS",), "")
+    before = {process.pid for process in psutil.process_iter()}
+    command = Zerofleet(tiny_recipe, environment)
+    directory = RunDirectory.at(tmp_path / "run")
+    code, out, err = command.run("run", str(tiny_recipe), "max_steps=2", "--run-dir", str(directory.path))
+    assert code == 0, err
+    assert "complete, 2 steps" in out
+    assert "unigram baseline" in out
+    assert "step 2/2" in err or "workers started" in err
+    left = [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if p.pid not in before and "zf-" in " ".join(p.info["cmdline"] or [])
+    ]
+    assert left == []
+    code, out, _ = command.run("export", str(directory.path), "--json")
+    assert code == 0
+    assert json.loads(out) == {"step": 2, "export": str(directory.export)}
+    assert (directory.export / "model.safetensors").is_file()
+    code, _, err = command.run("export", str(directory.path), "--step", "9")
+    assert code == 2
+    assert "there are steps 2" in err
