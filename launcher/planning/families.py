@@ -218,8 +218,11 @@ def invalid_values(family: Family, config: Mapping[str, Any]) -> dict[str, str]:
         elif name == "mlp_only_layers":
             if value is not None and not (isinstance(value, list | tuple) and all(type(v) is int for v in value)):
                 wrong[key] = "a list of layer numbers"
+        elif name == "num_experts":
+            if not (type(value) is int and value >= 0):
+                wrong[key] = "a whole number, 0 for a dense model"
         elif not (type(value) is int and value > 0) and not (value is None and _nullable(name, default)):
-            wrong[key] = "a positive integer"
+            wrong[key] = "a positive whole number"
     return wrong
 
 

@@ -220,7 +220,18 @@ def _head_problems(family: Family, config: Mapping[str, Any], where: str) -> lis
         fits = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
         message = f"{kv_heads} does not divide num_attention_heads {heads}; set it to one of {fits}"
         problems.append(Problem(message, f"{where}.num_key_value_heads"))
+    rotary = "head_dim" in family.defaults and "partial_rotary_factor" not in {**config, **_rope_parameters(config)}
+    if rotary and values["head_dim"] % 2:
+        message = (
+            f"head_dim {values['head_dim']} is odd, but rotary positions turn pairs; set head_dim to an even number"
+        )
+        problems.append(Problem(message, f"{where}.head_dim"))
     return problems
+
+
+def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = config.get("rope_parameters")
+    return dict(parameters) if isinstance(parameters, Mapping) else {}
 
 
 def _misspelt_fields(config: Mapping[str, Any]) -> list[Problem]:

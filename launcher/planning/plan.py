@@ -169,8 +169,8 @@ def _notes(
         notes.append(f"memory is not counted: {reason}")
     if deepspeed.zero_stage == 0 and recipe.training.precision != "fp32":
         notes.append(
-            f"ZeRO stage 0 in {recipe.training.precision}: DeepSpeed makes one optimizer step with zero gradients at the "
-            "start, so losses differ a little from plain PyTorch's; stage 1 makes none"
+            f"ZeRO stage 0 in {recipe.training.precision}: DeepSpeed makes one optimizer step with zero gradients at "
+            "the start, so losses differ a little from plain PyTorch's; stage 1 makes none"
         )
     if resources.device == "cpu" and recipe.training.precision == "fp16":
         notes.append(

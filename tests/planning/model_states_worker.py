@@ -1,0 +1,126 @@
+"""One rank of the measurement in test_memory.py: train each plan for a step and a half, and add up the live tensors.
+
+    python model_states_worker.py PLANS RESULTS
+
+PLANS is a JSON list of plans. RESULTS is a folder; this rank writes rank_N.json, one object a plan, into it.
+"""
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from launcher.models.build import build_model
+from launcher.planning.plan import Plan
+from launcher.training.distributed import join_process_group
+from launcher.training.engine import build_engine
+
+Storages = dict[int, int]
+
+
+def storages(tensors: Iterable[Any]) -> Storages:
+    """Bytes by address, so that views of one buffer count once."""
+    found = {}
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def all_live() -> Storages:
+    gc.collect()
+    return storages(thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+
+
+def weights(engine: Any) -> Storages:
+    zero = engine.optimizer
+    parameters = list(engine.module.parameters())
+    tensors = [parameter.data for parameter in parameters]
+    tensors += [parameter.ds_tensor.data for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    for name in ("fp16_partitioned_groups_flat", "param_groups_fp16_flat_cpu_memory"):
+        tensors += getattr(zero, name, [])
+    tensors += getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", [])
+    return storages(tensors)
+
+
+def master_weights(engine: Any) -> list[torch.Tensor]:
+    zero = engine.optimizer
+    groups = [group["params"] for group in getattr(zero, "optimizer", zero).param_groups]
+    groups += getattr(zero, "fp32_groups", [])
+    names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+    return [tensor for group in groups for tensor in group] + [t for name in names for t in getattr(zero, name, [])]
+
+
+def gradients(engine: Any) -> Storages:
+    zero = engine.optimizer
+    tensors = [parameter.grad for parameter in engine.module.parameters()]
+    tensors += [tensor.grad for tensor in master_weights(engine)]
+    for name in ("all_grad_tensors", "averaged_gradients"):
+        for group in getattr(zero, name, {}).values():
+            tensors += group or []
+    tensors += getattr(zero, "accumulated_grads_in_cpu", {}).values()
+    tensors.append(getattr(zero, "grad_partitions_flat_buffer", None))
+    return storages(tensors)
+
+
+def optimizer_states(engine: Any) -> Storages:
+    zero = engine.optimizer
+    states = getattr(zero, "optimizer", zero).state.values()
+    moments = [value for state in states for value in state.values()]
+    return storages([*(tensor.data for tensor in master_weights(engine)), *moments])
+
+
+def measure(engine: Any, before: Storages) -> dict[str, int]:
+    """Bytes of each kind; `other` is what none of them explains."""
+    seen: Storages = dict(before)
+    result = {}
+    kinds = {"parameters": weights, "gradients": gradients, "optimizer": optimizer_states}
+    for name, kind in kinds.items():
+        new = {address: size for address, size in kind(engine).items() if address not in seen}
+        result[name] = sum(new.values())
+        seen |= new
+    result["other"] = sum(size for address, size in all_live().items() if address not in seen)
+    return result
+
+
+def run(plan: Plan) -> dict[str, int]:
+    """Measure between the micro batches of the second step; without accumulation, between backward and step."""
+    before = all_live()
+    engine = build_engine(plan, build_model(plan, AutoModelForCausalLM), max_steps=4)
+    ids = torch.arange(plan.recipe.data.sequence_length).unsqueeze(0)
+    accumulation = plan.batch.gradient_accumulation_steps
+    for micro_step in range(accumulation + 1):
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        del loss
+        if micro_step == accumulation:
+            result = measure(engine, before)
+        engine.step()
+    engine.destroy()
+    return result
+
+
+def main() -> None:
+    """Measure every plan in turn, in one process group."""
+    join_process_group("cpu", int(os.environ["LOCAL_RANK"]))
+    gc.freeze()  # what the libraries hold is not ours; without it every walk over the objects takes half a second
+    plans = [Plan.model_validate(plan) for plan in json.loads(Path(sys.argv[1]).read_text())]
+    results = []
+    for plan in plans:
+        results.append(run(plan))
+        gc.collect()
+    target = Path(sys.argv[2]) / f"rank_{os.environ['RANK']}.json"
+    target.write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
