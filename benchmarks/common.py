@@ -6,6 +6,7 @@ import os
 import platform
 import secrets
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ BIN = Path(sys.executable).parent
 HERE = Path(__file__).resolve().parent
 WORKERS = 2
 ARM_TIMEOUT_S = 600.0
+HEAD_TIMEOUT_S = 60.0
 GRACE_S = 5.0
 
 RECIPE = """\
@@ -238,6 +240,39 @@ def no_process_left() -> Iterator[None]:
         yield
     finally:
         end_processes(psutil.Process().children(recursive=True))
+
+
+@contextmanager
+def ray_head(bench: Bench) -> Iterator[str]:
+    """Start a Ray head as a person would, and wait until it answers; yields its address."""
+    address = f"127.0.0.1:{free_port()}"
+    host, port = address.split(":")
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=false"]
+    command += [
+        f"--node-ip-address={host}",
+        f"--port={port}",
+        f"--num-cpus={WORKERS}",
+        f"--temp-dir={bench.folder}/ray",
+    ]
+    with (bench.folder / "ray.log").open("wb") as output:
+        head = subprocess.Popen(command, env=bench.environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        status = [str(BIN / "ray"), "health-check", "--address", address]
+        deadline = time.monotonic() + HEAD_TIMEOUT_S
+        while subprocess.run(status, env=bench.environment, capture_output=True).returncode != 0:
+            if head.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"no Ray head:\n{(bench.folder / 'ray.log').read_text(errors='replace')[-4000:]}")
+            time.sleep(0.5)
+        yield address
+    finally:
+        end_processes([psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)])
+
+
+def free_port() -> int:
+    """A TCP port on loopback that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def end_processes(processes: Sequence[psutil.Process]) -> None:

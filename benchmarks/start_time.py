@@ -22,8 +22,6 @@ from typing import Any
 import common
 from common import BIN, HERE, WORKERS, Bench, Setting, Spread
 
-from cluster.local import free_port, local_ray
-
 ARMS = ("zerofleet cold", "zerofleet warm", "torchrun", "deepspeed", "ray train")
 RATIOS = (
     ("zerofleet cold", "ray train"),
@@ -34,14 +32,14 @@ RATIOS = (
 )
 
 
-def seconds_to_first_step(bench: Bench, arm: str, number: int, ray_environment: dict[str, str]) -> float:
+def seconds_to_first_step(bench: Bench, arm: str, number: int, ray_address: str) -> float:
     """Run one arm once."""
     name = f"{arm.replace(' ', '_')}_{number}"
     environment = bench.environment
     if arm.startswith("zerofleet"):
         command, records = bench.our_command(name)
         if arm == "zerofleet warm":
-            environment = environment | ray_environment
+            environment = environment | {"RAY_ADDRESS": ray_address}
     else:
         job, records = bench.job_file(name)
         command = peer_command(arm, str(job))
@@ -58,7 +56,7 @@ def peer_command(arm: str, job: str) -> list[str]:
     if arm == "torchrun":
         return [str(BIN / "torchrun"), "--standalone", f"--nproc-per-node={WORKERS}", script, job]
     if arm == "deepspeed":
-        address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+        address = ["--master_addr", "127.0.0.1", "--master_port", str(common.free_port())]
         return [str(BIN / "deepspeed"), "--num_gpus", str(WORKERS), *address, script, job]
     return [sys.executable, str(HERE / "ray_train.py"), job]
 
@@ -66,10 +64,10 @@ def peer_command(arm: str, job: str) -> list[str]:
 def measure(setting: Setting, rounds: int) -> dict[str, Any]:
     """Run one round that does not count (it fills the page cache), then all others; returns the figures."""
     result: dict[str, Any] = {"machine": common.machine(), "setting": asdict(setting), "rounds": []}
-    with common.bench(setting, initial_weights=False) as bench, local_ray(WORKERS) as ray:
+    with common.bench(setting, initial_weights=False) as bench, common.ray_head(bench) as ray_address:
         for number in range(rounds + 1):
             figures = {
-                arm: seconds_to_first_step(bench, arm, number, ray.environment) for arm in common.rotated(ARMS, number)
+                arm: seconds_to_first_step(bench, arm, number, ray_address) for arm in common.rotated(ARMS, number)
             }
             print(f"round {number}/{rounds}: {figures}", file=sys.stderr)
             if number:

@@ -50,9 +50,7 @@ def run_round(bench: Bench, arm: str, number: int, warmup_steps: int) -> dict[st
 
 def two_ranks(job: str) -> int:
     """Start both ranks of the bare loop with nothing around them, and wait for them."""
-    from cluster.local import free_port
-
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(WORKERS)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(common.free_port()), "WORLD_SIZE": str(WORKERS)}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(HERE / "bare_train.py"), job],
