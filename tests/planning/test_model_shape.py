@@ -117,6 +117,8 @@ def test_a_vocabulary_that_nothing_tells_must_be_set(make_recipe: MakeRecipe) ->
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="the model has 999 tokens"):
+        effective_model_config(make_recipe({"model.config.vocab_size": 999}))
     assert problems_of(make_recipe({"model.config.vocab_size": 999})) == {
         "model.config.vocab_size": "the model has 999 tokens, but tokenizer.train.vocab_size is 1000; "
         "set tokenizer.train.vocab_size to at most 999"
@@ -198,6 +200,20 @@ def test_wrong_types_are_refused(make_recipe: MakeRecipe, field: str, value: Any
     config = {**dict(recipe.model.config or {}), field: value}  # type: ignore[arg-type]
     changed = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
     assert problems_of(changed) == {f"model.config.{field}": f"{value!r} must be {kind}"}
+    assert model_shape(config) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("mlp_only_layers", 3, "a list of layer numbers"),
+        ("mlp_only_layers", ["0"], "a list of layer numbers"),
+        ("num_experts", -1, "a whole number, 0 for a dense model"),
+    ],
+)
+def test_wrong_types_of_mixtures_are_refused(make_recipe: MakeRecipe, field: str, value: Any, kind: str) -> None:
+    config = {"model_type": "qwen2_moe", field: value}
+    assert problems_of(make_recipe({"model.config": config})) == {f"model.config.{field}": f"{value!r} must be {kind}"}
     assert model_shape(config) is None
 
 
