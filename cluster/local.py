@@ -1,135 +1,137 @@
-"""A Ray cluster of one node on this machine, started by us and ended by pid."""
+"""This machine: a Ray cluster for a run in the foreground, and jobs that outlive the terminal they were typed in."""
 
-import ctypes
-import math
 import os
 import secrets
-import shutil
+import shlex
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
+from cluster.errors import BackendError
+from cluster.job_files import log_of, make_job_directory, spec_of, status_from_files
+from cluster.processes import ProcessIdentity
+from cluster.provision import agent_command, start_detached, usable_address
+from cluster.ray_node import (
+    NodeResources,
+    RayNode,
+    RaySecrets,
+    RayStartError,
+    accepts_connections,
+    port_block,
+    start_head,
+    start_worker,
+)
+from cluster.types import JobRecord, JobRequest, JobState, JobStatus, Log, Submission
 
-from cluster.errors import ExpectedError
-
-LOOPBACK = "127.0.1.1"
-"""Not 127.0.0.1: Ray replaces that one by the machine's outside address, on which it then listens."""
-
-OBJECT_STORE_BYTES = 128 * 2**20
-"""Heartbeats are all that crosses Ray; the least that Ray takes without complaint is 75 MiB."""
-
-STOP_GRACE_S = 1.0
-"""Between SIGTERM and SIGKILL. Ray's own processes have nothing to save, and its raylet takes many seconds to drain."""
+HEAD_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
 class LocalRay:
-    """A running (or just starting) Ray head.
+    """A running (or just starting) Ray cluster on this machine.
 
     Attributes:
-        address: `host:port` of its GCS, for RAY_ADDRESS.
         environment: what a process needs to join it, RAY_ADDRESS and the token included.
-        log: output of `ray start`.
+        nodes: of the cluster, the head first.
     """
 
-    address: str
     environment: dict[str, str]
-    log: Path
-    process: subprocess.Popen[bytes]
+    nodes: tuple[RayNode, ...]
 
     def check_alive(self) -> None:
-        """Raise if the head has ended.
+        """Raise if a node has ended.
 
         Raises:
-            ExpectedError: with the end of what `ray start` wrote.
+            RayStartError: with the end of what `ray start` wrote.
         """
-        if self.process.poll() is not None:
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-            raise ExpectedError(f"the local Ray head ended with code {self.process.returncode}:\n{tail}")
+        for node in self.nodes:
+            node.check_alive()
 
 
 @contextmanager
-def local_ray(num_cpus: float, num_gpus: int = 0) -> Iterator[LocalRay]:
-    """Start a Ray head on loopback, without dashboard and with token authentication; end it on leaving.
+def local_ray(num_cpus: float, num_gpus: int = 0, nodes: int = 1) -> Iterator[LocalRay]:
+    """Start a Ray cluster on loopback, without dashboard and with token authentication; end it on leaving.
 
-    Returns at once: the head needs a few seconds more, in which the caller can do other work.
+    Returns soon: Ray needs a few seconds more, in which the caller can do other work.
 
     Args:
-        num_cpus: CPUs that Ray hands out.
-        num_gpus: GPUs that Ray hands out.
+        num_cpus: CPUs that each node hands out.
+        num_gpus: GPUs that each node hands out.
+        nodes: Ray nodes, all on this machine, each with an address of its own.
     """
-    # Ray puts Unix sockets below this folder; their paths may have 107 bytes, so it must be short.
-    temporary = Path(tempfile.mkdtemp(prefix="zf-"))
-    port = free_port()
-    environment = {
-        "RAY_ADDRESS": f"{LOOPBACK}:{port}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DISABLE_IMPORT_WARNING": "1",
-    }
-    log = temporary / "ray-start.log"
-    command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
-        *(f"--node-ip-address={LOOPBACK}", f"--port={port}", "--include-dashboard=false", f"--temp-dir={temporary}"),
-        # No autoscaler and no log forwarding: nothing here uses them. Ray's client server cannot be turned off.
-        *("--no-monitor", "--include-log-monitor=false", f"--ray-client-server-port={free_port()}"),
-        *(f"--num-cpus={math.ceil(num_cpus)}", f"--num-gpus={num_gpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"),
-    ]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in the terminal is for the driver, which saves first
-            preexec_fn=_end_with_parent,
-        )
-    try:
-        yield LocalRay(environment["RAY_ADDRESS"], environment, log, process)
-    finally:
-        end_tree(process)
-        shutil.rmtree(temporary, ignore_errors=True)
+    cluster, resources = RaySecrets(secrets.token_hex(32)), NodeResources(num_cpus, num_gpus)
+    key = f"{os.getuid()}/{os.getpid()}"
+    addresses = [usable_address("127.0.0.1", index) for index in range(nodes)]
+    with ExitStack() as stack:
+        head_address, head = start_head(addresses[0], port_block(f"{key}/0", addresses[0]), resources, cluster)
+        stack.callback(head.end)
+        started = [head]
+        if nodes > 1:
+            _await(head, head_address)
+        for index, address in enumerate(addresses[1:], start=1):
+            ports = port_block(f"{key}/{index}", address)
+            started.append(start_worker(head_address, address, ports, resources, cluster))
+            stack.callback(started[-1].end)
+        yield LocalRay({**cluster.environment, "RAY_ADDRESS": head_address}, tuple(started))
 
 
-def free_port() -> int:
-    """A TCP port on loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+def _await(head: RayNode, address: str) -> None:
+    deadline = time.monotonic() + HEAD_TIMEOUT_S
+    while not accepts_connections(address):
+        head.check_alive()
+        if time.monotonic() > deadline:
+            raise RayStartError(f"the local Ray head does not answer at {address} within {HEAD_TIMEOUT_S:.0f} s")
+        time.sleep(0.05)
 
 
-def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this child when the process that started it dies, however it dies."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+class LocalBackend:
+    """Jobs as processes of this machine, in a session of their own."""
 
+    def render(self, request: JobRequest) -> str:
+        """See `Backend.render`."""
+        command = shlex.join(self._command(request))
+        return f"# detached on this machine, {request.nodes} Ray node(s)\n{command}\n# which runs\n{shlex.join(request.argv)}\n"
 
-def end_tree(process: subprocess.Popen[bytes]) -> None:
-    """End a process and everything it started, by pid: SIGTERM, then SIGKILL for what is left."""
-    try:
-        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        tree = []
-    for member in tree:
-        _signal(member, signal.SIGTERM)
-    _, alive = psutil.wait_procs(tree, timeout=STOP_GRACE_S)
-    for member in alive:
-        _signal(member, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=10)
-    process.wait(timeout=10)
+    def _command(self, request: JobRequest) -> list[str]:
+        return agent_command(request.job_directory, 0)
 
+    def submit(self, request: JobRequest) -> Submission:
+        """See `Backend.submit`."""
+        make_job_directory(request.job_directory)
+        addresses = tuple(usable_address("127.0.0.1", index) for index in range(request.nodes))
+        spec_of(request, addresses=addresses, spawn_peers=True).write(request.job_directory)
+        return Submission(str(start_detached(request.job_directory, 0)), {"host": os.uname().nodename})
 
-def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
+    def states(self, records: Sequence[JobRecord]) -> dict[str, JobStatus]:
+        """See `Backend.states`."""
+        return {record.id: self._state(record) for record in records}
+
+    def _state(self, record: JobRecord) -> JobStatus:
+        told = status_from_files(record)
+        if told.state.is_final:
+            return told
+        here = os.uname().nodename
+        if record.facts.get("host") != here:
+            return JobStatus(
+                JobState.UNKNOWN, reason=f"it is a process of {record.facts.get('host')}, and this is {here}"
+            )
+        if ProcessIdentity.parse(record.backend_id).is_alive:
+            return JobStatus(JobState.RUNNING, "process", told.reason, told.nodes, told.starts)
+        told = status_from_files(record)  # it may have ended between the two looks
+        if told.state.is_final:
+            return told
+        reason = "its process is gone without a word: killed, or the machine went down"
+        return JobStatus(JobState.FAILED, "gone", reason, told.nodes, told.starts)
+
+    def log(self, record: JobRecord, node: int, start: int | None) -> Log:
+        """See `Backend.log`."""
+        return log_of(record, node, start)
+
+    def cancel(self, record: JobRecord, *, now: bool) -> str:
+        """See `Backend.cancel`."""
+        process = ProcessIdentity.parse(record.backend_id)
+        if not process.send(signal.SIGQUIT if now else signal.SIGTERM):
+            raise BackendError(f"job {record.id} does not run on this machine (any more)")
+        return f"process {process.pid} ends now" if now else f"process {process.pid} saves and ends"

@@ -8,11 +8,15 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.errors import DocumentError, ExpectedError, Problem
+from cluster.profile_sections import RayJobSection, SlurmSection, SshSection
 from cluster.strict_yaml import read_yaml
 from cluster.validation import near_match, validate
 
 DEVICE_FOLDER = Path("/dev")
 """Where the NVIDIA driver puts one file a GPU."""
+
+SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
+"""Of environment variables whose values are written nowhere."""
 
 _SUFFIXES = (".yaml", ".yml")
 _GPU_DEVICE = re.compile(r"nvidia\d+")
@@ -37,10 +41,11 @@ class Profile(BaseModel):
     """For people; default: the name of the file."""
     description: str = ""
     """For people."""
-    backend: Literal["local", "ray"] = "local"
-    """`local`: a Ray of our own on this machine, or the one in `RAY_ADDRESS`; `ray`: a cluster that runs already."""
+    backend: Literal["local", "ray", "slurm", "ssh"] = "local"
+    """`local`: a Ray of our own on this machine, or the one in `RAY_ADDRESS`; `ray`: a cluster that runs already; `slurm`
+    and `ssh`: machines on which Ray is started for the job."""
     nodes: int = Field(default=1, ge=1)
-    """Machines."""
+    """Machines; on the local backend, Ray nodes on this one."""
     workers_per_node: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Training processes on each machine; `auto`: one a GPU that this machine shows, or 2 where there is none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -51,13 +56,42 @@ class Profile(BaseModel):
     """Where the Ray cluster listens (`10.0.0.1:6379`); default: `RAY_ADDRESS` of the environment."""
     environment: dict[EnvironmentName, str] = Field(default_factory=dict)
     """Environment variables of the workers."""
+    runs_directory: str | None = None
+    """Where run directories are made unless `--run-dir` names one; all nodes must see it. Default: `runs`."""
+    join_timeout_seconds: float = Field(default=300.0, gt=0)
+    """How long a job waits for all its nodes to join Ray."""
+    dashboard: bool = False
+    """Serve Ray's dashboard on the first node, on loopback."""
+    slurm: SlurmSection = SlurmSection()
+    """Of the slurm backend."""
+    ssh: SshSection | None = None
+    """Of the ssh backend."""
+    ray: RayJobSection = RayJobSection()
+    """Of jobs submitted to the ray backend."""
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> Self:
-        if self.backend == "local" and self.address is not None:
-            raise ValueError("address names a Ray cluster, which the local backend does not use; set backend: ray")
-        if self.backend == "local" and self.nodes > 1:
-            raise ValueError(f"nodes is {self.nodes}, but the local backend is this one machine; set backend: ray")
+        if self.backend != "ray" and self.address is not None:
+            raise ValueError(
+                f"address names a Ray cluster, which the {self.backend} backend does not use; set backend: ray"
+            )
+        if self.backend in ("slurm", "ssh") and "auto" in (self.workers_per_node, self.device):
+            raise ValueError(
+                "workers_per_node and device cannot be auto, which looks at this machine and not at those of the "
+                f"{self.backend} backend; set both"
+            )
+        for section in ("slurm", "ssh", "ray"):
+            if section in self.model_fields_set and section != self.backend:
+                raise ValueError(f"{section} is set, but backend is {self.backend}; leave one of the two out")
+        return self._fits_its_hosts()
+
+    def _fits_its_hosts(self) -> Self:
+        if self.backend == "ssh" and self.ssh is None:
+            raise ValueError("the ssh backend needs ssh.hosts or ssh.hostfile")
+        if self.ssh is not None and self.ssh.hosts and len(self.ssh.hosts) < self.nodes:
+            raise ValueError(
+                f"nodes is {self.nodes}, but ssh.hosts has {len(self.ssh.hosts)}; name more or ask for less"
+            )
         return self
 
     def counts(self) -> tuple[int, int, Literal["cpu", "cuda"]]:
@@ -110,6 +144,15 @@ def load_profile(name_or_path: str | Path | None = None) -> Profile:
     document = read_yaml(path, ProfileError)
     document.data.setdefault("name", path.stem)
     return validate(Profile, document, ProfileError)
+
+
+def profile_warnings(name_or_path: str | Path | None = None) -> list[str]:
+    """What a person should know of a profile that loads: secrets in a file that others can read."""
+    path = _find(name_or_path or "local")
+    secret = sorted(name for name in load_profile(path).environment if SECRET_NAME.search(name))
+    if not secret or not path.stat().st_mode & 0o044:
+        return []
+    return [f"{path} holds {', '.join(secret)} and can be read by others; chmod 600 it"]
 
 
 def profile_names() -> list[str]:

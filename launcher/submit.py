@@ -1,4 +1,4 @@
-"""The only door to `cluster`'s backends: from a recipe and a profile to a run directory, and to a driver that runs it."""
+"""The only door to `cluster`'s backends: from recipe and profile to a run directory, and to a driver that runs it."""
 
 import json
 import os
@@ -25,6 +25,12 @@ def resources_of(profile: Profile) -> Resources:
         cpus_per_worker=profile.cpus_per_worker,
         environment_names=tuple(sorted(profile.environment)),
     )
+
+
+def node_resources(resources: Resources) -> tuple[float, int]:
+    """CPUs and GPUs that Ray hands out on each node."""
+    workers = resources.workers_per_node
+    return resources.cpus_per_worker * workers, workers if resources.device == "cuda" else 0
 
 
 def write_run(run_directory: RunDirectory, plan: Plan) -> None:
@@ -64,11 +70,14 @@ def _ray(profile: Profile, plan: Plan) -> Iterator[Callable[[], None]]:
         os.environ["RAY_ADDRESS"] = address
         yield lambda: None
         return
+    if profile.backend != "local":
+        raise ExpectedError(
+            f"profile {profile.name} is of the {profile.backend} backend, which runs nothing in the foreground; "
+            f"use zerofleet submit RECIPE --profile {profile.name} --follow"
+        )
     from cluster.local import local_ray
 
-    workers = plan.resources.workers_per_node
-    gpus = workers if plan.resources.device == "cuda" else 0
-    with local_ray(plan.resources.cpus_per_worker * workers, gpus) as ray:
+    with local_ray(*node_resources(plan.resources), plan.resources.nodes) as ray:
         before = {name: os.environ.get(name) for name in ray.environment}
         os.environ.update(ray.environment)
         try:

@@ -7,7 +7,16 @@ import pytest
 from ruamel.yaml import YAML
 
 import cluster.profile
-from cluster.profile import Profile, ProfileError, ProfileResourceError, load_profile, profile_names, visible_gpus
+from cluster.profile import (
+    Profile,
+    ProfileError,
+    ProfileResourceError,
+    load_profile,
+    profile_names,
+    profile_warnings,
+    visible_gpus,
+)
+from cluster.profile_sections import SlurmSection
 
 SHIPPED = sorted((Path(cluster.profile.__file__).parent / "profiles").glob("*.yaml"))
 
@@ -95,7 +104,7 @@ def test_all_problems_of_a_profile_at_once(tmp_path: Path):
         load_profile(path)
     assert str(caught.value).splitlines() == [
         f"{path}: 8 problems",
-        "  line 1  backend: is 'loacl', but must be one of local, ray; did you mean local?",
+        "  line 1  backend: is 'loacl', but must be one of local, ray, slurm, ssh; did you mean local?",
         "  line 2  nodes: is 0, but must be at least 1",
         "  line 3  workers_per_node: must be a whole number or auto, not 'many'",
         "  line 4  device: is 'gpu', but must be one of auto, cpu, cuda",
@@ -109,17 +118,67 @@ def test_all_problems_of_a_profile_at_once(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("nodes: 2\n", "nodes is 2, but the local backend is this one machine; set backend: ray"),
-        ("address: 10.0.0.1:6379\n", "address names a Ray cluster, which the local backend does not use"),
+        (
+            "address: 10.0.0.1:6379\n",
+            "address names a Ray cluster, which the local backend does not use; set backend: ray",
+        ),
+        (
+            "backend: slurm\n",
+            "workers_per_node and device cannot be auto, .* not at those of the slurm backend; set both",
+        ),
+        ("slurm: {partition: gpu}\n", "slurm is set, but backend is local; leave one of the two out"),
+        ("backend: ssh\nworkers_per_node: 1\ndevice: cpu\n", "the ssh backend needs ssh.hosts or ssh.hostfile"),
+        (
+            "backend: ssh\nworkers_per_node: 1\ndevice: cpu\nnodes: 3\nssh: {hosts: [a, b]}\n",
+            "nodes is 3, but ssh.hosts has 2; name more or ask for less",
+        ),
+        (
+            "backend: ssh\nworkers_per_node: 1\ndevice: cpu\nssh: {hosts: [a], hostfile: h}\n",
+            "ssh: set exactly one of hosts and hostfile",
+        ),
+        (
+            "backend: slurm\nworkers_per_node: 1\ndevice: cpu\nslurm: {time_limit: 2h}\n",
+            r"slurm: time_limit is '2h'; write minutes \(90\), HH:MM:SS",
+        ),
+        (
+            "backend: slurm\nworkers_per_node: 1\ndevice: cpu\nslurm: {options: {nodes: 4}}\n",
+            "slurm: options: nodes follow from other fields",
+        ),
+        (
+            "backend: slurm\nworkers_per_node: 1\ndevice: cpu\nslurm: {options: {partition: x, mem: 1G}}\n",
+            "slurm: options: mem, partition are fields of their own; set them there",
+        ),
+        (
+            "backend: slurm\nworkers_per_node: 1\ndevice: cpu\nslurm: {options: {array: 1-9}}\n",
+            "slurm: options: array is '1-9', but its tasks would train one run at the same time; end it with %1",
+        ),
     ],
 )
-def test_what_does_not_go_with_the_local_backend(tmp_path: Path, text: str, expected: str):
+def test_what_does_not_go_together(tmp_path: Path, text: str, expected: str):
     path = tmp_path / "p.yaml"
     path.write_text(text)
     with pytest.raises(ProfileError, match=expected):
         load_profile(path)
-    path.write_text(f"backend: ray\n{text}")
-    assert load_profile(path).backend == "ray"
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("0:30", 1), ("10:00", 10), ("01:30:00", 90), ("2-0", 2880), ("1-12:30", 2190), ("1-00:00:01", 1441)],
+)
+def test_time_limits_as_sbatch_reads_them(text: str, minutes: int):
+    assert SlurmSection(time_limit=text).time_limit_minutes == minutes
+
+
+def test_a_profile_with_secrets_that_others_can_read_is_warned_of(own_profiles: Path):
+    path = own_profiles / "lab.yaml"
+    path.write_text("environment: {WANDB_API_KEY: abc, HF_TOKEN: def, NCCL_DEBUG: INFO}\n")
+    path.chmod(0o644)
+    assert profile_warnings("lab") == [f"{path} holds HF_TOKEN, WANDB_API_KEY and can be read by others; chmod 600 it"]
+    path.chmod(0o600)
+    assert profile_warnings("lab") == []
+    path.write_text("environment: {NCCL_DEBUG: INFO}\n")
+    path.chmod(0o644)
+    assert profile_warnings("lab") == []
 
 
 @pytest.mark.parametrize(

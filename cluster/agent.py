@@ -1,0 +1,198 @@
+"""A node's agent: brings Ray up on its machine, does the node's part, and takes everything down again.
+
+SIGTERM, SIGINT and SIGUSR2 (Slurm's warning) mean "save and end"; SIGQUIT means "end now". The agent ends what it
+started by pid, orphans too, and nothing else.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from cluster.errors import ExpectedError
+from cluster.processes import ProcessIdentity, adopt_orphans, end_descendants
+from cluster.ray_node import (
+    NodeResources,
+    RayNode,
+    RaySecrets,
+    RayStartError,
+    accepts_connections,
+    port_block,
+    start_worker,
+)
+from cluster.start_folder import JobSpec, NodeReport, Outcome, StartFolder
+
+POLL_S = 0.1
+REPORT_S = 1.0
+"""A waiting node repeats its report this often: writing into a folder makes NFS look for what others wrote there."""
+START_TRIES = 3
+
+
+class ProvisionError(ExpectedError):
+    """The nodes of a job did not come up."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the nodes of its job.
+
+    Attributes:
+        index: of this node.
+        names: of all nodes, in order.
+        address: at which the other nodes reach this one.
+        port_key: from which ports are derived; differs between jobs that may share a machine.
+    """
+
+    index: int
+    names: tuple[str, ...]
+    address: str
+    port_key: str
+
+
+class NodeAgent:
+    """One node's part in one start of a job."""
+
+    def __init__(self, spec: JobSpec, job_directory: Path, folder: StartFolder, place: Place) -> None:
+        self.spec = spec
+        self.job_directory = job_directory
+        self.folder = folder
+        self.place = place
+        self.stop_signal: signal.Signals | None = None
+        self.ending_now = False
+        self.ray: RayNode | None = None
+        self._reported = 0.0
+
+    @property
+    def resources(self) -> NodeResources:
+        """What Ray may hand out here."""
+        return NodeResources(self.spec.cpus_per_node, self.spec.gpus_per_node)
+
+    @property
+    def must_end(self) -> bool:
+        """Whether this process was asked to end, sooner or at once."""
+        return self.stop_signal is not None or self.ending_now
+
+    def run(self) -> Outcome:
+        """Do this node's part to the end; nothing that was started here is left."""
+        adopt_orphans()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGQUIT):
+            signal.signal(number, self._take_signal)
+        self.report("starting")
+        try:
+            outcome = self.play()
+        except ExpectedError as error:
+            say(str(error))
+            outcome = Outcome("failed", None, str(error))
+        except Exception as error:  # a defect of ours: whoever watches must still learn that this node is lost
+            say(traceback.format_exc())
+            outcome = Outcome("failed", None, f"{type(error).__name__}: {error}")
+        self.end_ray(keep_logs=outcome.state == "failed")
+        self.leave(outcome)
+        end_descendants()
+        self.report("failed" if outcome.state == "failed" else "left", outcome.message)
+        return outcome
+
+    def play(self) -> Outcome:
+        """The node's part."""
+        raise NotImplementedError
+
+    def leave(self, outcome: Outcome) -> None:
+        """What is to do when Ray has ended here."""
+
+    def _take_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGQUIT:
+            self.ending_now = True
+        elif self.stop_signal is None:
+            self.stop_signal = signal.Signals(number)
+
+    def report(self, state: str, message: str = "") -> None:
+        """Tell the other nodes and whoever watches how this one is."""
+        self._reported = time.monotonic()
+        process = str(ProcessIdentity.of(os.getpid()))
+        name = self.place.names[self.place.index]
+        self.folder.report(self.place.index, NodeReport(name, self.place.address, process, state, message))
+
+    def refresh(self) -> None:
+        """Repeat the last report when it is a second old."""
+        if time.monotonic() - self._reported > REPORT_S:
+            last = self.folder.node(self.place.index)
+            self.report(last.state if last else "starting")
+
+    def end_ray(self, *, keep_logs: bool) -> None:
+        """End Ray here, if it runs."""
+        if self.ray is not None:
+            self.ray.end(self.folder.path / f"ray_logs_{self.place.index:04d}" if keep_logs else None)
+            self.ray = None
+
+
+class OtherNode(NodeAgent):
+    """Joins the first node's Ray, and leaves when the job has ended or Ray has."""
+
+    def play(self) -> Outcome:
+        """See `NodeAgent.play`."""
+        for attempt in range(1, START_TRIES + 1):
+            head = self._await_head()
+            if head is None:
+                break
+            try:
+                return self._join(*head, attempt)
+            except RayStartError as error:
+                self.end_ray(keep_logs=True)
+                if attempt == START_TRIES:
+                    raise
+                say(f"{error}\nray: this node did not join; trying again")
+        return Outcome("stopped", None, "the job ended before this node joined")
+
+    def _await_head(self) -> tuple[str, str] | None:
+        """Wait for a head that listens; `None` when the job ends before.
+
+        Raises:
+            ProvisionError: none came.
+        """
+        deadline = time.monotonic() + self.spec.join_timeout_s
+        while self.folder.outcome() is None and not self.ending_now:
+            head = self.folder.head()
+            if head is not None and accepts_connections(head[0]):
+                return head
+            if time.monotonic() > deadline:
+                what = f"the Ray head at {head[0]} does not answer" if head else "the first node announced no Ray head"
+                raise ProvisionError(f"{what} within {self.spec.join_timeout_s:.0f} s, seen from {self.place.address}")
+            self.refresh()
+            time.sleep(POLL_S)
+        return None
+
+    def _join(self, head_address: str, token: str, attempt: int) -> Outcome:
+        index = self.place.index
+        ports = port_block(f"{self.place.port_key}/{index}", self.place.address, skip=attempt - 1)
+        say(f"ray: joining {head_address} as {self.place.address}")
+        ray = start_worker(
+            head_address, self.place.address, ports, self.resources, RaySecrets(token), log=self.folder.ray_log(index)
+        )
+        self.ray, joined = ray, False
+        while self.folder.outcome() is None and not self.ending_now:
+            if not joined and ray.is_up:
+                joined = True
+                say("ray: joined")
+                self.report("up")
+            if ray.process.poll() is not None:
+                if not joined:
+                    ray.check_alive()
+                return Outcome("failed", None, f"Ray ended here with code {ray.process.returncode}")
+            if not joined:
+                self.refresh()
+            time.sleep(5 * POLL_S if joined else POLL_S)
+        return Outcome("completed", None)
+
+
+def say(text: str) -> None:
+    """Write a line with the time."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)  # noqa: T201 - the agent's output is the node's log
+
+
+def agent_command(job_directory: Path, index: int, *options: str) -> list[str]:
+    """The command line of a node's agent."""
+    return [sys.executable, "-P", "-m", "cluster.provision", str(job_directory), "--node", str(index), *options]
