@@ -43,22 +43,22 @@ class Packer(Protocol):
 
 
 def make_packer(
-    packing: Literal["concat", "first_fit_decreasing", "none"], sequence_length: int, pad_token_id: int
+    packing: Literal["concat", "first_fit_decreasing", "none"], sequence_length: int, filler: int
 ) -> Packer:
     """Return the packer that a recipe's `data.packing` names."""
     if packing == "concat":
-        return ConcatPacker(sequence_length, pad_token_id)
+        return ConcatPacker(sequence_length, filler)
     if packing == "first_fit_decreasing":
-        return FirstFitDecreasingPacker(sequence_length, pad_token_id)
-    return SingleDocumentPacker(sequence_length, pad_token_id)
+        return FirstFitDecreasingPacker(sequence_length, filler)
+    return SingleDocumentPacker(sequence_length, filler)
 
 
 class ConcatPacker:
     """One stream of documents, cut every `sequence_length` tokens: every row but the last is full."""
 
-    def __init__(self, sequence_length: int, pad_token_id: int) -> None:
+    def __init__(self, sequence_length: int, filler: int) -> None:
         self.sequence_length = sequence_length
-        self.pad_token_id = pad_token_id
+        self.filler = filler
         self._tokens = np.empty(0, np.uint32)
         self._ends = np.empty(0, np.int64)  # where documents end in _tokens, as offsets
 
@@ -73,7 +73,7 @@ class ConcatPacker:
         remainder = len(self._tokens)
         if not remainder:
             return self._take(0)
-        fill = np.full(self.sequence_length - remainder, self.pad_token_id, np.uint32)
+        fill = np.full(self.sequence_length - remainder, self.filler, np.uint32)
         self._tokens = np.concatenate([self._tokens, fill])
         return self._take(1, remainder)
 
@@ -95,17 +95,15 @@ class ConcatPacker:
 class SingleDocumentPacker:
     """One document a row, cut at `sequence_length`; the rest of it is dropped."""
 
-    def __init__(self, sequence_length: int, pad_token_id: int) -> None:
+    def __init__(self, sequence_length: int, filler: int) -> None:
         self.sequence_length = sequence_length
-        self.pad_token_id = pad_token_id
+        self.filler = filler
 
     def add(self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64]) -> Rows:
         """Give each document its row."""
         kept = np.minimum(lengths, self.sequence_length)
         starts = np.cumsum(lengths) - lengths
-        rows = _rows(
-            tokens, starts, kept, np.arange(len(lengths)), len(lengths), self.sequence_length, self.pad_token_id
-        )
+        rows = _rows(tokens, starts, kept, np.arange(len(lengths)), len(lengths), self.sequence_length, self.filler)
         return Rows(rows.tokens, rows.lengths, rows.counts, int((lengths - kept).sum()))
 
     def finish(self) -> Rows:
@@ -121,9 +119,9 @@ class FirstFitDecreasingPacker:
     the best packing needs, plus one (Johnson 1973); on text it leaves well under 1 % of padding.
     """
 
-    def __init__(self, sequence_length: int, pad_token_id: int) -> None:
+    def __init__(self, sequence_length: int, filler: int) -> None:
         self.sequence_length = sequence_length
-        self.pad_token_id = pad_token_id
+        self.filler = filler
         self._tokens: list[NDArray[np.uint32]] = []
         self._pieces: list[NDArray[np.int64]] = []
         self._held = 0
@@ -150,7 +148,7 @@ class FirstFitDecreasingPacker:
         by_row = np.argsort(row_of, kind="stable")
         order = longest_first[by_row]
         starts = (np.cumsum(lengths) - lengths)[order]
-        return _rows(tokens, starts, lengths[order], row_of[by_row], rows, self.sequence_length, self.pad_token_id)
+        return _rows(tokens, starts, lengths[order], row_of[by_row], rows, self.sequence_length, self.filler)
 
 
 def _pieces(lengths: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
@@ -201,7 +199,7 @@ def _rows(
     row_of: NDArray[np.int64],
     rows: int,
     sequence_length: int,
-    pad_token_id: int,
+    filler: int,
 ) -> Rows:
     """Copy segments, sorted by their row, into padded rows."""
     counts = np.bincount(row_of, minlength=rows).astype(np.int64)
@@ -209,6 +207,6 @@ def _rows(
     before_row = np.concatenate([[0], ends])[np.cumsum(counts) - counts]  # segment tokens in all rows before
     targets = row_of * sequence_length + (ends - lengths) - before_row[row_of]
     offsets = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
-    out = np.full(rows * sequence_length, pad_token_id, np.uint32)
+    out = np.full(rows * sequence_length, filler, np.uint32)
     out[np.repeat(targets, lengths) + offsets] = tokens[np.repeat(starts, lengths) + offsets]
     return Rows(out.reshape(rows, sequence_length), lengths.astype(np.int32), counts)

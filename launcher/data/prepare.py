@@ -77,6 +77,7 @@ def prepare(recipe: Recipe, *, progress: bool = True) -> PreparedData:
                     raise_if_full(error, cache)
                     raise
     prepared = PreparedData.load(directory)
+    _check_vocabulary(recipe, prepared)
     for note in prepared.statistics["notes"]:
         reporter.say(note)
     return prepared
@@ -95,6 +96,15 @@ def fingerprint(recipe: Recipe, located: list[LocatedSource]) -> str:
     return xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
 
 
+def _check_vocabulary(recipe: Recipe, prepared: PreparedData) -> None:
+    config = recipe.model.config
+    size = config.get("vocab_size") if isinstance(config, dict) else None
+    largest = prepared.settings["largest_token_id"]
+    if isinstance(size, int) and size <= largest:
+        text = f"{size}, but the data holds token ids up to {largest}; set {largest + 1} or more"
+        raise SourceError(recipe.name, [Problem(text, "model.config.vocab_size")])
+
+
 def _check_weights(recipe: Recipe) -> None:
     try:
         mixture_shares([source.weight for source in recipe.data.sources])
@@ -107,8 +117,8 @@ class _Destination:
 
     def __init__(self, folder: Path, recipe: Recipe, facts: TokenizerFacts) -> None:
         data = recipe.data
-        self.pad_token_id = facts.pad_token_id
-        self.packer = make_packer(data.packing, data.sequence_length, facts.pad_token_id)
+        self.filler = facts.eos_token_id
+        self.packer = make_packer(data.packing, data.sequence_length, self.filler)
         self.writer = RowsWriter(folder, data.sequence_length, token_dtype(facts.vocab_size))
         self.counts = np.zeros(facts.vocab_size, np.int64)
         self.documents = 0
@@ -124,7 +134,7 @@ class _Destination:
         self._write(self.packer.finish())
         self.writer.close()
         slots = self.writer.tokens.rows * self.writer.tokens.row_shape[0]
-        self.counts[self.pad_token_id] -= slots - self.writer.num_tokens
+        self.counts[self.filler] -= slots - self.writer.num_tokens
         return {
             "documents": self.documents,
             "tokens": self.writer.num_tokens,
@@ -159,13 +169,16 @@ class _Build:
         self.scratch.mkdir()
         opened = [self._open(source) for source in self.located]
         facts = self._tokenizer(opened)
-        counts = np.zeros(facts.vocab_size, np.int64)
+        counts: dict[Split, NDArray[np.int64]] = {
+            "train": np.zeros(facts.vocab_size, np.int64),
+            "validation": np.zeros(facts.vocab_size, np.int64),
+        }
         sources = [
             self._tokenise(source, dataset, facts, counts) for source, dataset in zip(self.located, opened, strict=True)
         ]
         self._check(sources)
         shutil.rmtree(self.scratch)
-        np.save(self.folder / UNIGRAM_COUNTS, counts)
+        np.save(self.folder / UNIGRAM_COUNTS, counts["train"])
         statistics = {
             "train": _total(sources, "train", data.sequence_length),
             "validation": _total(sources, "validation", data.sequence_length),
@@ -174,6 +187,7 @@ class _Build:
         }
         settings = data.model_dump(include={"sequence_length", "packing", "cross_document_attention"})
         settings |= {"validation_fraction": data.validation_fraction, "seed": self.recipe.seed, **facts.model_dump()}
+        settings["largest_token_id"] = int(np.flatnonzero(counts["train"] + counts["validation"]).max())
         write_marker(self.folder, self.name, settings, statistics)
 
     def _open(self, located: LocatedSource) -> Any:
@@ -209,9 +223,9 @@ class _Build:
                 advance(len(batch))
 
     def _tokenise(
-        self, located: LocatedSource, dataset: Any, facts: TokenizerFacts, counts: NDArray[np.int64]
+        self, located: LocatedSource, dataset: Any, facts: TokenizerFacts, counts: dict[Split, NDArray[np.int64]]
     ) -> dict[str, Any]:
-        """Tokenise and pack one source; add its training tokens to `counts`; return its statistics."""
+        """Tokenise and pack one source; add how often each token occurs to `counts`; return its statistics."""
         splits: tuple[Split, ...] = ("train", "validation") if located.serves == "both" else (located.serves,)
         index = int(located.where.rpartition(".")[2])
         destinations = {
@@ -229,8 +243,8 @@ class _Build:
                 text_bytes += encoded.text_bytes
                 advance(len(encoded.lengths) + encoded.empty)
         statistics = {split: destination.close() for split, destination in destinations.items()}
-        if "train" in destinations:
-            counts += destinations["train"].counts
+        for split, destination in destinations.items():
+            counts[split] += destination.counts
         undecodable = located.undecodable if located.source.type == "text" else []
         self._note(located.where, empty, undecodable, statistics)
         return {

@@ -116,8 +116,9 @@ def permute(indices: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> 
     """Apply to each index the permutation of `range(size)` that its key names.
 
     A balanced Feistel network over the smallest even number of bits that holds `size`, and cycle walking for results
-    outside (Black and Rogaway 2002): a bijection for any key, computed for one index without the others. With at most
-    4 x `size` points in the domain, a point walks fewer than four times on average.
+    outside (Black and Rogaway 2002): a bijection for any key, computed for one index without the others. From 17
+    elements on, the domain is less than 4 x `size`, so a point walks fewer than four times on average. The domain is
+    never less than 64: on a smaller one a Feistel network cannot make all permutations alike (the tests count them).
 
     Args:
         indices: int64 [n], each below `size`.
@@ -127,7 +128,9 @@ def permute(indices: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> 
     Returns:
         int64 [n], each below `size`.
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    if size == 1:
+        return np.zeros_like(indices)
+    half = np.uint64(max(3, ((size - 1).bit_length() + 1) // 2))
     points = indices.astype(np.uint64)
     outside = np.ones(len(points), np.bool_)
     while outside.any():

@@ -166,7 +166,7 @@ class PreparedData:
     Attributes:
         directory: the folder.
         fingerprint: of the content of the files, the tokenizer and the settings that made it.
-        settings: `sequence_length`, `cross_document_attention`, `vocab_size`, `eos_token_id`, `pad_token_id`, ...
+        settings: `sequence_length`, `cross_document_attention`, `vocab_size`, `eos_token_id`, ...
         statistics: counts of documents, tokens and sequences, overall (`train`, `validation`) and by source
             (`sources`), and `notes` in words.
     """
@@ -189,7 +189,7 @@ class PreparedData:
             if wrong:
                 raise ValueError(f"{', '.join(wrong)} cut off")
             return cls(directory, content["fingerprint"], content["settings"], content["statistics"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"there is no prepared data in {directory} ({error}); run `zerofleet prepare` again"
             ) from error

@@ -29,8 +29,8 @@ class TokenizerFacts(BaseModel):
 
     Attributes:
         vocab_size: one more than the largest token id.
-        eos_token_id: ends every document.
-        pad_token_id: fills rows; the end-of-text token where the tokenizer has none.
+        eos_token_id: ends every document. Fills rows too: padding is never seen nor predicted, and a padding token may
+            lie outside of the model's vocabulary.
         prefix: tokens that the tokenizer puts before a text, such as Llama's begin-of-text.
         suffix: what it puts after a text, the end-of-text token last in any case.
         splits_words: words are split before they are merged, so that a text in pieces gives the tokens of the whole.
@@ -40,7 +40,6 @@ class TokenizerFacts(BaseModel):
 
     vocab_size: int
     eos_token_id: int
-    pad_token_id: int
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     splits_words: bool
@@ -111,8 +110,7 @@ def load_tokenizer(recipe: Recipe, directory: Path) -> TokenizerFacts:
     if not tokenizer.is_fast:
         raise SourceError(recipe.name, [Problem(f"the tokenizer of {name} has no tokenizer.json form", field)])
     tokenizer.save_pretrained(directory)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
-    return _facts(directory, eos, pad)
+    return _facts(directory, eos)
 
 
 def train_tokenizer(documents: Iterable[str], section: TrainTokenizerSection, directory: Path) -> TokenizerFacts:
@@ -147,7 +145,7 @@ def train_tokenizer(documents: Iterable[str], section: TrainTokenizerSection, di
         "clean_up_tokenization_spaces": False,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return _facts(directory, eos=0, pad=0)  # the trainer puts special tokens first
+    return _facts(directory, eos=0)  # the trainer puts special tokens first
 
 
 def bounded_sample(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
@@ -169,7 +167,7 @@ def bounded_sample(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
         yield piece.decode()
 
 
-def _facts(directory: Path, eos: int, pad: int) -> TokenizerFacts:
+def _facts(directory: Path, eos: int) -> TokenizerFacts:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -182,7 +180,6 @@ def _facts(directory: Path, eos: int, pad: int) -> TokenizerFacts:
     return TokenizerFacts(
         vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         eos_token_id=eos,
-        pad_token_id=pad,
         prefix=tuple(framed[:start]),
         suffix=tuple(suffix if suffix[-1:] == [eos] else [*suffix, eos]),
         splits_words=_splits_words(json.loads(tokenizer.to_str())),
