@@ -1,0 +1,25 @@
+"""The benchmarks run, and what they compare does the same work."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.ray
+@pytest.mark.distributed
+def test_our_loop_learns_what_the_bare_loop_learns() -> None:
+    small = ["--hidden-size", "64", "--layers", "1", "--sequence-length", "32", "--micro-batch-size", "2"]
+    command = [sys.executable, "benchmarks/step_overhead.py", "--rounds", "1", "--steps", "4", "--logging-steps", "2"]
+    done = subprocess.run([*command, *small, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    (figures,) = result["rounds"]
+    assert figures["zerofleet"]["loss"] == pytest.approx(figures["bare"]["loss"], rel=1e-3)
+    for arm in ("zerofleet", "bare"):
+        spread = result["arms"][arm]["tokens_per_second"]
+        assert spread["median"] == pytest.approx(result["tokens_per_step"] / figures[arm]["seconds_per_step"])
