@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -236,13 +237,16 @@ class _Build:
         )
         workers = self.recipe.data.preprocessing_num_workers or os.cpu_count() or 1
         empty = text_bytes = 0
-        with self.reporter.stage(f"tokenising {located.where}", len(dataset), "documents") as advance:
+        with ExitStack() as stack:
+            for destination in destinations.values():
+                stack.callback(destination.writer.abandon)
+            advance = stack.enter_context(self.reporter.stage(f"tokenising {located.where}", len(dataset), "documents"))
             for encoded in map_in_order(encoder, text_batches(dataset), workers):
                 _distribute(encoded, located, destinations)
                 empty += encoded.empty
                 text_bytes += encoded.text_bytes
                 advance(len(encoded.lengths) + encoded.empty)
-        statistics = {split: destination.close() for split, destination in destinations.items()}
+            statistics = {split: destination.close() for split, destination in destinations.items()}
         for split, destination in destinations.items():
             counts[split] += destination.counts
         undecodable = located.undecodable if located.source.type == "text" else []

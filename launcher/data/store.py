@@ -8,6 +8,7 @@ uint32, padded at the end of a row), `offsets.npy` [rows + 1] and `lengths.npy` 
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
@@ -68,8 +69,9 @@ class GrowingArray:
             os.fsync(self._stream.fileno())
 
     def abandon(self) -> None:
-        """Close the file as it is."""
-        self._stream.close()
+        """Close the file as it is, if it is not closed yet."""
+        with suppress(OSError):  # what is still buffered cannot be written where the disk is full
+            self._stream.close()
 
     def _write_header(self) -> int:
         shape = (self.rows, *self.row_shape)
@@ -103,7 +105,7 @@ class RowsWriter:
             array.close()
 
     def abandon(self) -> None:
-        """Close the files as they are."""
+        """Close the files as they are, if they are not closed yet."""
         for array in (self.tokens, self.lengths, self.offsets):
             array.abandon()
 

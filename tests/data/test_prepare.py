@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from launcher.data.prepare import prepare
+from launcher.data.sources import open_documents
 from launcher.data.store import PreparedData, unigram_loss
 from launcher.errors import SourceError, StorageError
 from launcher.recipe.schema import Recipe
@@ -268,6 +269,19 @@ def test_progress_is_plain_lines_without_a_terminal(
     assert capsys.readouterr().err == ""
 
 
+def test_progress_is_bars_on_a_terminal(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    master, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as stream, os.fdopen(master, "rb", buffering=0) as screen:
+        monkeypatch.setattr("sys.stderr", stream)
+        prepare(make_recipe())
+        shown = screen.read(1 << 16).decode()
+    for stage in ("reading data.sources.0", "training the tokenizer", "tokenising data.sources.0"):
+        assert stage in shown
+    assert "13/13" in shown
+    assert "\x1b[" in shown
+
+
 def test_the_marker_says_what_was_made_without_time_or_place(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     prepared = prepare(make_recipe(), progress=False)
     marker = json.loads((prepared.directory / "prepared.json").read_text())
@@ -275,3 +289,34 @@ def test_the_marker_says_what_was_made_without_time_or_place(make_recipe: MakeRe
     assert marker["settings"]["packing"] == "concat"
     assert str(tmp_path) not in json.dumps(marker)
     assert set(marker["files"]) == set(contents(prepared.directory)) - {"prepared.json"}
+
+
+def test_files_that_are_not_utf8_are_counted_and_named(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    for index in range(5):
+        (tmp_path / f"{index}.txt").write_bytes(f"naïve text number {index}".encode("latin-1"))
+    (tmp_path / "fine.txt").write_text("naïve text")
+    prepared = prepare(make_recipe(sources=[{"type": "text", "files": [f"{tmp_path}/*.txt"]}]), progress=False)
+    (source,) = prepared.statistics["sources"]
+    assert source["undecodable_files"] == 5
+    shown = ", ".join(f"{tmp_path}/{index}.txt" for index in range(3))
+    assert prepared.statistics["notes"][-1] == (
+        f"data.sources.0: bytes that are not UTF-8 were replaced by U+FFFD in {shown} and 2 more"
+    )
+    assert "na\ufffdve text number 0" in documents_of(prepared, "train")
+
+
+def test_a_file_that_changes_meanwhile_is_refused(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_old(tmp_path / "a.txt", "before")
+
+    def write_then_open(*arguments: Any) -> Any:
+        (tmp_path / "a.txt").write_text("after")
+        return open_documents(*arguments)
+
+    monkeypatch.setattr("launcher.data.prepare.open_documents", write_then_open)
+    recipe = make_recipe(sources=[{"type": "text", "files": [f"{tmp_path}/a.txt"]}])
+    with pytest.raises(SourceError, match=r"data\.sources\.0: .*a\.txt changed while it was prepared; try again"):
+        prepare(recipe, progress=False)
+    monkeypatch.undo()
+    assert documents_of(prepare(recipe, progress=False), "train") == ["after"]
