@@ -11,8 +11,10 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
 
 from launcher.errors import ModelError
-from launcher.planning.model_shape import effective_model_config
 from launcher.planning.plan import Plan
+
+END_OF_TEXT_ID = 0
+"""Id of the one special token of a tokenizer that the recipe trains; its trainer puts it first."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,7 +29,14 @@ def build_config(plan: Plan) -> Any:
     try:
         if model.model_name_or_path is not None:
             return AutoConfig.from_pretrained(model.model_name_or_path)
-        fields = dict(effective_model_config(plan.recipe))
+        if plan.transformers_config is None:
+            raise ValueError("the plan holds no configuration")
+        fields = dict(plan.transformers_config)
+        if plan.recipe.tokenizer.train is not None:
+            # A family's own ids (Llama's 2, Phi's 32000) mean something else in, or lie outside of, a vocabulary of
+            # our own.
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                fields.setdefault(name, END_OF_TEXT_ID)
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except Exception as error:
         origin = model.model_name_or_path or "model.config"
