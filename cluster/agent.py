@@ -61,7 +61,7 @@ class NodeAgent:
         self.job_directory = job_directory
         self.folder = folder
         self.place = place
-        self.stop_signal: signal.Signals | None = None
+        self.signals: list[signal.Signals] = []
         self.ending_now = False
         self.ray: RayNode | None = None
         self._reported = 0.0
@@ -74,7 +74,7 @@ class NodeAgent:
     @property
     def must_end(self) -> bool:
         """Whether this process was asked to end, sooner or at once."""
-        return self.stop_signal is not None or self.ending_now
+        return bool(self.signals) or self.ending_now
 
     def run(self) -> Outcome:
         """Do this node's part to the end; nothing that was started here is left."""
@@ -106,8 +106,8 @@ class NodeAgent:
     def _take_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGQUIT:
             self.ending_now = True
-        elif self.stop_signal is None:
-            self.stop_signal = signal.Signals(number)
+        else:
+            self.signals.append(signal.Signals(number))
 
     def report(self, state: str, message: str = "") -> None:
         """Tell the other nodes and whoever watches how this one is."""

@@ -15,6 +15,9 @@ from cluster.start_folder import NodeReport, Outcome
 STOPPED = 130
 """Exit code of a driver that saved and stopped because it was asked to; as of a command that Ctrl-C ended."""
 
+ENDED_BY_SIGNAL = (-signal.SIGTERM, -signal.SIGKILL, signal.SIGTERM, 128 + signal.SIGTERM)
+"""Of a driver that was told to stop before it listened for that, with nothing to save; Ray's handler exits with 15."""
+
 PROGRESS_S = 10.0
 LEAVE_GRACE_S = 10.0
 """How long to wait for the other nodes to leave."""
@@ -151,8 +154,7 @@ class FirstNode(NodeAgent):
         self.folder.mark("driver_ended")
         if code == 0:
             return Outcome("completed", 0)
-        # A SIGTERM that comes before the driver listens for it ends it, with nothing to save yet.
-        if code == STOPPED or (self.must_end and code in (-signal.SIGTERM, -signal.SIGKILL)):
+        if code == STOPPED or (self.must_end and code in ENDED_BY_SIGNAL):
             return self._stopped(code, "saved and ended")
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return Outcome("failed", code, f"the driver {how}; see {self.folder.node_log(0)}", self._signal_name)
@@ -163,9 +165,9 @@ class FirstNode(NodeAgent):
         while (code := driver.poll()) is None:
             if self.ending_now:
                 driver.kill()
-            elif self.stop_signal is not None and not told:
+            elif self.signals and not told:
                 told = True
-                say(f"{self.stop_signal.name}: the driver saves and ends")
+                say(f"{self._signal_name}: the driver saves and ends")
                 driver.send_signal(signal.SIGTERM)
             if not head_lost and self.ray is not None and self.ray.process.poll() is not None:
                 head_lost = True
@@ -176,7 +178,7 @@ class FirstNode(NodeAgent):
 
     @property
     def _signal_name(self) -> str:
-        return self.stop_signal.name if self.stop_signal else ""
+        return self.signals[0].name if self.signals else ""
 
     def _stopped(self, code: int | None, how: str) -> Outcome:
         if self.ending_now:

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from cluster.agent import agent_command
 from cluster.errors import BackendError
 from cluster.job_files import log_of, make_job_directory, spec_of, status_from_files
 from cluster.processes import ProcessIdentity
-from cluster.provision import agent_command, start_detached, usable_address
+from cluster.provision import start_detached, usable_address
 from cluster.ray_node import (
     NodeResources,
     RayNode,
@@ -91,11 +92,8 @@ class LocalBackend:
 
     def render(self, request: JobRequest) -> str:
         """See `Backend.render`."""
-        command = shlex.join(self._command(request))
-        return f"# detached on this machine, {request.nodes} Ray node(s)\n{command}\n# which runs\n{shlex.join(request.argv)}\n"
-
-    def _command(self, request: JobRequest) -> list[str]:
-        return agent_command(request.job_directory, 0)
+        agent, driver = shlex.join(agent_command(request.job_directory, 0)), shlex.join(request.argv)
+        return f"# detached on this machine, with {request.nodes} Ray node(s)\n{agent}\n# runs\n{driver}\n"
 
     def submit(self, request: JobRequest) -> Submission:
         """See `Backend.submit`."""
@@ -114,9 +112,8 @@ class LocalBackend:
             return told
         here = os.uname().nodename
         if record.facts.get("host") != here:
-            return JobStatus(
-                JobState.UNKNOWN, reason=f"it is a process of {record.facts.get('host')}, and this is {here}"
-            )
+            reason = f"it is a process of {record.facts.get('host')}, and this is {here}"
+            return JobStatus(JobState.UNKNOWN, reason=reason)
         if ProcessIdentity.parse(record.backend_id).is_alive:
             return JobStatus(JobState.RUNNING, "process", told.reason, told.nodes, told.starts)
         told = status_from_files(record)  # it may have ended between the two looks

@@ -42,8 +42,8 @@ class Profile(BaseModel):
     description: str = ""
     """For people."""
     backend: Literal["local", "ray", "slurm", "ssh"] = "local"
-    """`local`: a Ray of our own on this machine, or the one in `RAY_ADDRESS`; `ray`: a cluster that runs already; `slurm`
-    and `ssh`: machines on which Ray is started for the job."""
+    """`local`: a Ray of our own on this machine, or the one in `RAY_ADDRESS`; `ray`: a cluster that runs already;
+    `slurm` and `ssh`: machines on which Ray is started for the job."""
     nodes: int = Field(default=1, ge=1)
     """Machines; on the local backend, Ray nodes on this one."""
     workers_per_node: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -22,7 +22,7 @@ class ContainerSection(ProfileSection):
     """A container that the job's processes run in on every node."""
 
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    """`pyxis`: a plugin of srun that takes `--container-...`; `apptainer`: the command of this name (or singularity's)."""
+    """`pyxis`: a plugin of srun that takes `--container-...`; `apptainer`: the command of this name."""
     image: str
     """Image, in the runtime's own notation; ZeroFleet must be installed in it."""
     mounts: tuple[str, ...] = ()
@@ -82,8 +82,8 @@ class SlurmSection(ProfileSection):
         array = self.options.get("array")
         if array is not None and not str(array).endswith("%1"):
             raise ValueError(
-                f"options: array is {array!r}, but its tasks would train one run at the same time; end it with %1 to run "
-                "one after the other"
+                f"options: array is {array!r}, but its tasks would train one run at the same time; end it with %1 to "
+                "run one after the other"
             )
         return self
 
@@ -138,7 +138,7 @@ class RayJobSection(ProfileSection):
     dashboard_address: str | None = None
     """Where the Jobs API listens (`http://10.0.0.1:8265`); default: what the head at `address` says."""
     working_directory: str | None = None
-    """Folder to send along; the driver runs in its copy. Default: nothing is sent, and ZeroFleet must be installed there."""
+    """Folder to send along; the driver runs in its copy. Default: none, and ZeroFleet must be installed there."""
     excludes: tuple[str, ...] = ()
     """What of working_directory not to send, as in a .gitignore."""
     requirements: tuple[str, ...] = ()

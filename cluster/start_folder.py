@@ -105,6 +105,7 @@ class Outcome:
         message: why, for people.
         signal: which signal asked it to stop.
         requeue: the job goes on in another start.
+        progress: names of what the run had saved by then.
         time: Unix time.
     """
 
@@ -113,6 +114,7 @@ class Outcome:
     message: str = ""
     signal: str = ""
     requeue: bool = False
+    progress: str = ""
     time: float = field(default_factory=time.time)
 
 

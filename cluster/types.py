@@ -133,7 +133,10 @@ class Submission:
 class Log(Protocol):
     """A log that may still grow."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Where it is, for people."""
+        ...
 
     def read(self, offset: int) -> bytes:
         """What stands from `offset` (bytes) to the present end; nothing when there is no log yet."""

@@ -46,12 +46,13 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_shipped_profiles_load_and_open_with_a_command():
-    assert [path.stem for path in SHIPPED] == ["local", "ray"]
+    assert [path.stem for path in SHIPPED] == ["local", "ray", "slurm", "ssh"]
     for path in SHIPPED:
         profile = load_profile(path.stem)
         assert profile.name == path.stem
         assert profile.description
-        assert path.read_text().startswith("# zerofleet run ")
+        command = "run" if path.stem in ("local", "ray") else "submit"
+        assert path.read_text().startswith(f"# zerofleet {command} ")
 
 
 def test_the_schema_accepts_the_shipped_profiles_and_refuses_an_unknown_key():
@@ -72,7 +73,7 @@ def test_a_profile_of_ones_own_goes_before_a_shipped_one(own_profiles: Path):
     (own_profiles / "lab.yaml").write_text("backend: ray\nname: The lab\n")
     assert load_profile().workers_per_node == 5
     assert load_profile("lab").name == "The lab"
-    assert profile_names() == ["lab", "local", "ray"]
+    assert profile_names() == ["lab", "local", "ray", "slurm", "ssh"]
 
 
 def test_a_profile_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -88,7 +89,7 @@ def test_an_unknown_name_gets_a_near_match():
     assert str(caught.value) == (
         "rya: 1 problem\n  no profile has this name; did you mean ray? (a file is named with its .yaml)"
     )
-    with pytest.raises(ProfileError, match="known here: local, ray"):
+    with pytest.raises(ProfileError, match="known here: local, ray, slurm, ssh"):
         load_profile("cluster7")
     with pytest.raises(ProfileError, match=r"none\.yaml: 1 problem\n  cannot be read: No such file"):
         load_profile("none.yaml")

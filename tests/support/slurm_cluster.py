@@ -1,0 +1,235 @@
+"""A real Slurm of several nodes on this machine, on loopback, started and ended by pid. No root, no systemd needed.
+
+    python -m tests.support.slurm_cluster FOLDER [--nodes N]     # prints what to export, runs until Ctrl-C
+
+Every "node" is a slurmd of its own name (n1, n2, ...) and port on 127.0.0.1; Debian's build allows several on a host.
+Needs the packages slurmctld slurmd slurm-client munge.
+"""
+
+import argparse
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REQUIRED_COMMANDS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "scancel", "sinfo", "srun")
+_CGROUPS = Path("/sys/fs/cgroup")
+START_TIMEOUT_S = 30
+
+CONFIGURATION = """
+ClusterName=zerofleet{suffix}
+SlurmctldHost={hostname}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job may run again only when its old credential has expired: 120 s if nothing is said.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/ctld
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd-%n.log
+MailProg=/bin/true
+MpiDefault=none
+# Listen on loopback only.
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+ProctrackType=proctrack/{proctrack}
+TaskPlugin=task/{task}
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+# Without it a job takes all the memory of its node, so that nothing else fits there.
+DefMemPerCPU=500
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+JobRequeue=1
+ReturnToService=2
+# Nodes may have more CPUs than this machine.
+SlurmdParameters=config_overrides
+SlurmdTimeout=10
+SlurmctldTimeout=10
+KillWait=5
+MinJobAge=300
+# Ids of a fresh cluster must not repeat those of the last one.
+FirstJobId={first_job_id}
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+NodeName=n[1-{nodes}] NodeHostname={hostname} NodeAddr=127.0.0.1 Port=[{node_port}-{last_node_port}] CPUs=4 \
+RealMemory=8000 State=UNKNOWN
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=ALL Default=NO MaxTime=INFINITE State=UP PriorityTier=10
+PartitionName=closed Nodes=n1 Default=NO AllowAccounts=nobody State=UP
+"""
+
+
+def missing_commands() -> list[str]:
+    """What of Slurm is not installed."""
+    return [command for command in REQUIRED_COMMANDS if _which(command) is None]
+
+
+def _which(command: str) -> str | None:
+    return shutil.which(command, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+@dataclass
+class SlurmCluster:
+    """A running cluster.
+
+    Attributes:
+        folder: of configuration, logs and state; every user must be able to enter it and the ones above.
+        nodes: how many.
+    """
+
+    folder: Path
+    nodes: int
+    environment: dict[str, str] = field(default_factory=dict)
+    _daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __enter__(self) -> "SlurmCluster":
+        try:
+            self._configure()
+            self._run("munged", *self._munge_options())
+            self.environment = {"SLURM_CONF": str(self.folder / "slurm.conf")}
+            self._run("slurmctld", "-D")
+            for index in range(1, self.nodes + 1):
+                self.start_node(f"n{index}")
+            self._await_nodes()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jobs = self.command("squeue", "--noheader", "--format=%A").split()
+        if jobs:
+            self.command("scancel", *jobs)
+            deadline = time.monotonic() + 15
+            while self.command("squeue", "--noheader", "--format=%A") and time.monotonic() < deadline:
+                time.sleep(0.2)
+        for name in reversed(list(self._daemons)):
+            self.stop(name)
+        for controller in ("freezer", "memory", "cpuset", "devices"):
+            for index in range(1, self.nodes + 1):
+                for path in sorted((_CGROUPS / controller / f"slurm_n{index}").glob("**/"), reverse=True):
+                    path.rmdir()
+
+    def _configure(self) -> None:
+        for name in ("ctld", "log", *(f"spool/n{index}" for index in range(1, self.nodes + 1))):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        cgroups = os.access(_CGROUPS / "freezer", os.W_OK) and os.access(_CGROUPS / "memory", os.W_OK)
+        ports = free_ports(self.nodes + 1)
+        text = CONFIGURATION.format(
+            suffix=ports[0],
+            hostname=socket.gethostname().split(".")[0],
+            user=pwd.getpwuid(os.getuid()).pw_name,
+            folder=self.folder,
+            port=ports[0],
+            nodes=self.nodes,
+            node_port=ports[1],
+            last_node_port=ports[-1],
+            first_job_id=int(time.time()) % 1_000_000 + 1,
+            proctrack="cgroup" if cgroups else "linuxproc",
+            task="cgroup" if cgroups else "none",
+        )
+        (self.folder / "slurm.conf").write_text(text)
+        # Said even where cgroups are not used: slurmd looks for their version itself otherwise, and ends if it finds none.
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nConstrainRAMSpace=yes\nConstrainSwapSpace=no\n")
+
+    def _munge_options(self) -> list[str]:
+        names = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log"}
+        options = [f"--{option}={self.folder / name}" for option, name in names.items()]
+        return ["--foreground", f"--seed-file={self.folder / 'munge.seed'}", *options]
+
+    def _run(self, name: str, *arguments: str, key: str | None = None) -> None:
+        command = _which(name)
+        assert command is not None, f"{name} is not installed"
+        with (self.folder / "log" / f"{key or name}.output").open("ab") as output:
+            self._daemons[key or name] = subprocess.Popen(
+                [command, *arguments],
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def start_node(self, name: str) -> None:
+        """Start the slurmd of a node."""
+        self._run("slurmd", "-D", "-N", name, key=name)
+
+    def stop(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
+        """End a daemon: munged, slurmctld or that of a node (n1, ...)."""
+        daemon = self._daemons.pop(name)
+        daemon.send_signal(number)
+        try:
+            daemon.wait(10)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+
+    def start_munge(self) -> None:
+        """Start the authentication daemon again."""
+        self._run("munged", *self._munge_options())
+
+    def command(self, *arguments: str) -> str:
+        """Run one of Slurm's commands; returns its output, without a look at how it ended."""
+        done = subprocess.run(
+            arguments, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=30, check=False
+        )
+        return done.stdout.strip()
+
+    def _await_nodes(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self.command("sinfo", "-h", "-p", "debug", "-t", "idle", "-o", "%D") != str(self.nodes):
+            if time.monotonic() > deadline:
+                logs = "\n".join(path.read_text()[-1000:] for path in (self.folder / "log").iterdir())
+                raise RuntimeError(f"Slurm did not come up:\n{self.command('sinfo')}\n{logs}")
+            time.sleep(0.05)
+
+
+def free_ports(count: int) -> list[int]:
+    """Neighbouring TCP ports that are free now on loopback."""
+    for start in range(16_800, 19_900, count):
+        with ExitStack() as stack:
+            try:
+                for port in range(start, start + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return list(range(start, start + count))
+    raise RuntimeError("no free ports")
+
+
+def main() -> None:
+    """Run a cluster until Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--nodes", type=int, default=2)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with SlurmCluster(options.folder.absolute(), options.nodes) as cluster:
+        print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            print("ending")
+
+
+if __name__ == "__main__":
+    main()
