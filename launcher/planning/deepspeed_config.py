@@ -14,6 +14,7 @@ from typing import Any
 from cluster.strict_yaml import Document
 from cluster.validation import near_match
 from launcher.errors import PlanError, Problem
+from launcher.planning.combinations import WHOLE_VOCABULARY
 from launcher.planning.deepspeed_keys import AUTO, key_problems
 from launcher.planning.json_document import read_json
 from launcher.planning.layout import BatchPlan, Layout
@@ -65,7 +66,9 @@ class _Owned:
     field: str
 
 
-def make_deepspeed_config(recipe: Recipe, layout: Layout, batch: BatchPlan) -> DeepSpeedPlan:
+def make_deepspeed_config(
+    recipe: Recipe, layout: Layout, batch: BatchPlan, model_type: str | None = None
+) -> DeepSpeedPlan:
     """Resolve the DeepSpeed config of a recipe.
 
     The micro batch and the accumulation are given and never `train_batch_size`, which DeepSpeed would divide by all
@@ -90,7 +93,7 @@ def make_deepspeed_config(recipe: Recipe, layout: Layout, batch: BatchPlan) -> D
         wrong[path] = message
 
     config = _laid_over(deepcopy(document.data), overrides)
-    for owned in _owned_values(recipe, batch):
+    for owned in _owned_values(recipe, layout, batch, model_type):
         if owned.path not in wrong:
             problems += _fill(config, owned, recipe, document)
     problems += _present_only_problems(config, recipe, layout, batch, document)
@@ -155,7 +158,7 @@ def _read_base(recipe: Recipe) -> Document:
         raise PlanError(recipe.name, problems) from error
 
 
-def _owned_values(recipe: Recipe, batch: BatchPlan) -> list[_Owned]:
+def _owned_values(recipe: Recipe, layout: Layout, batch: BatchPlan, model_type: str | None) -> list[_Owned]:
     """What the recipe decides, whatever the file says."""
     training, optimizer, zero = recipe.training, recipe.optimizer, recipe.zero
     owned = [
@@ -174,6 +177,11 @@ def _owned_values(recipe: Recipe, batch: BatchPlan) -> list[_Owned]:
     ]
     if zero.stage is not None:
         owned.append(_Owned("zero_optimization.stage", zero.stage, "zero.stage"))
+    if layout.tensor_parallel_size > 1 and layout.pipeline_parallel_size == 1:
+        # A pipeline's stages are spread by launcher/models/pipeline.py: AutoTP does not know their modules.
+        field, sharded = "parallel.tensor_parallel_size", model_type not in WHOLE_VOCABULARY
+        owned.append(_Owned("tensor_parallel.autotp_size", layout.tensor_parallel_size, field))
+        owned.append(_Owned("tensor_parallel.vocab_parallel_lm_head", sharded, field))
     for name in ("offload_optimizer", "offload_param"):
         device = getattr(zero, name)
         if device is not None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import PlanError, Problem
+from launcher.planning.combinations import combination_problems, model_problems
 from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config, with_batch
 from launcher.planning.families import list_parameters
 from launcher.planning.layout import (
@@ -88,7 +89,12 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
             gradient_accumulation_steps=recipe.training.gradient_accumulation_steps or 1,
             global_batch_size=recipe.training.global_batch_size or 1,
         )
-    deepspeed = _collect(problems, make_deepspeed_config, recipe, layout, batch)
+    deepspeed = _collect(problems, make_deepspeed_config, recipe, layout, batch, (config or {}).get("model_type"))
+    if deepspeed is not None:
+        offloads = "none" not in (deepspeed.offload_optimizer, deepspeed.offload_param)
+        problems += combination_problems(layout, deepspeed.zero_stage, recipe.training.precision, offloads)
+    if config is not None:
+        problems += model_problems(config, layout, recipe)
     if problems or deepspeed is None:
         raise PlanError(recipe.name, problems)
     return _assemble(recipe, resources, layout, batch, config, deepspeed)
@@ -134,7 +140,8 @@ def _assemble(
 ) -> Plan:
     model = None if config is None else model_shape(config)
     by_stage = None
-    if config is not None and model is not None and uncounted_reason(deepspeed.config) is None:
+    counted = layout.model_parallel_size == 1 and uncounted_reason(deepspeed.config) is None
+    if config is not None and model is not None and counted:
         settings = state_settings(deepspeed, recipe.training.precision, layout.data_parallel_size)
         by_stage = memory_by_stage(list_parameters(config), settings)
     return Plan(
@@ -148,12 +155,16 @@ def _assemble(
         memory=None if by_stage is None else by_stage[deepspeed.zero_stage],
         memory_by_stage=by_stage,
         deepspeed_config=deepspeed.config,
-        notes=tuple(_notes(recipe, resources, config, deepspeed)),
+        notes=tuple(_notes(recipe, resources, layout, config, deepspeed)),
     )
 
 
 def _notes(
-    recipe: Recipe, resources: Resources, config: Mapping[str, Any] | None, deepspeed: DeepSpeedPlan
+    recipe: Recipe,
+    resources: Resources,
+    layout: Layout,
+    config: Mapping[str, Any] | None,
+    deepspeed: DeepSpeedPlan,
 ) -> list[str]:
     notes = []
     if config is None:
@@ -167,6 +178,8 @@ def _notes(
         notes.append(f"model.config: transformers knows no {', '.join(unread)} in this family, and ignores it")
     if reason := uncounted_reason(deepspeed.config):
         notes.append(f"memory is not counted: {reason}")
+    if layout.model_parallel_size > 1:
+        notes.append("memory is not counted under tensor, pipeline or sequence parallelism")
     if deepspeed.zero_stage == 0 and recipe.training.precision != "fp32":
         notes.append(
             f"ZeRO stage 0 in {recipe.training.precision}: DeepSpeed makes one optimizer step with zero gradients at "

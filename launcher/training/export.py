@@ -11,26 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from launcher.errors import CheckpointError, StorageError
 from launcher.models.build import DTYPES, build_config
 from launcher.planning.plan import Plan
+from launcher.training.consolidation import consolidated_state_dict
 from launcher.training.manifest import read_manifest
 
 AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM}
-
-
-def consolidated_state_dict(folder: Path, zero_stage: int) -> dict[str, Any]:
-    """Read a checkpoint's whole weights on the host, in fp32 where the checkpoint has fp32 ones.
-
-    Args:
-        folder: of a complete checkpoint.
-        zero_stage: of the engine that saved it.
-    """
-    if zero_stage == 0:
-        states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        module: dict[str, Any] = states["module"]
-        return module
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    merged: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    return merged
 
 
 def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, target: Path) -> Path:
@@ -49,7 +33,7 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
         StorageError: the folder cannot be written.
     """
     manifest = read_manifest(folder)
-    state = consolidated_state_dict(folder, manifest.zero_stage)
+    state = consolidated_state_dict(folder, manifest.zero_stage, manifest.layout)
     dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
     config = build_config(plan)
     config.use_cache = True

@@ -34,7 +34,8 @@ def global_batch(data: Path, seed: int, step: int, size: int) -> dict[str, torch
 
 def train(data: Path, model_folder: Path, recipe: Any, global_batch_size: int, steps: int) -> Reference:
     """Train with torch.optim.AdamW on whole global batches."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
+    attention = recipe.model.attn_implementation
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation=attention)
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     o, t = recipe.optimizer, recipe.training
