@@ -9,6 +9,7 @@ from typing import Any
 from cluster.profile import Profile
 from launcher.errors import ExpectedError
 from launcher.orchestration.driver import Observer, completed_summary, drive, read_plan
+from launcher.orchestration.run_lock import holding
 from launcher.planning.layout import Resources
 from launcher.planning.plan import Plan
 from launcher.recipe.loading import dump_recipe
@@ -54,10 +55,11 @@ def run_foreground(plan: Plan, profile: Profile, run_directory: RunDirectory, ob
     summary = completed_summary(run_directory, plan)
     if summary is not None:
         return {**summary, "already_complete": True}
-    write_run(run_directory, plan)
-    os.environ.update(profile.environment)
-    with _ray(profile, plan) as check_alive:
-        return drive(run_directory, observer, check_alive)
+    with holding(run_directory):
+        write_run(run_directory, plan)
+        os.environ.update(profile.environment)
+        with _ray(profile, plan) as check_alive:
+            return drive(run_directory, observer, check_alive)
 
 
 @contextmanager

@@ -15,9 +15,12 @@ from dataclasses import asdict
 from types import FrameType
 from typing import Any, Protocol
 
-from launcher.checkpoints import manifest as manifests
+from launcher.checkpoints import folders
+from launcher.checkpoints.manifest import faults_of, read_manifest
+from launcher.checkpoints.resumable import check_resumable
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
 from launcher.orchestration.failure import FailureKind, FailurePolicy
+from launcher.orchestration.run_lock import holding
 from launcher.orchestration.supervisor import GroupStatus, RunState, Supervisor
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory, append_json_line, write_atomically
@@ -136,14 +139,17 @@ def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any
 
 
 def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str, observer: Observer) -> None:
-    """Before any worker starts: remove what interrupted saves left, refuse a checkpoint of another recipe."""
-    for name in manifests.remove_incomplete(run_directory.checkpoints):
-        observer.message(f"removed {name}, left by an interrupted save")
-    folders = manifests.complete(run_directory.checkpoints)
-    if folders:
-        manifest = manifests.read_manifest(folders[-1])
-        manifests.check_resumable(manifest, plan, fingerprint, folders[-1])
-        observer.message(f"resuming from {folders[-1].name}")
+    """Before any worker starts: tidy up after interrupted saves, refuse a checkpoint of another recipe.
+
+    Here only sizes are compared; the workers compare checksums, each of a part of the files.
+    """
+    for note in folders.tidy(run_directory.checkpoints):
+        observer.message(note)
+    for folder in reversed(folders.complete(run_directory.checkpoints)):
+        if not faults_of(folder, contents=False):
+            check_resumable(read_manifest(folder), plan, fingerprint, folder)
+            observer.message(f"resuming from {folder.name}")
+            return
 
 
 def connect(check_alive: Callable[[], None]) -> None:
@@ -219,12 +225,31 @@ def _supervise(
     supervisor = Supervisor(group, policy, time.monotonic, time.sleep, record)
     try:
         with _interrupts(supervisor, observer):
+            notices = Notices(observer)
             while not supervisor.step().is_final:
+                notices.show(supervisor.attempt, supervisor.status)
                 observer.progress(supervisor.status)
+            notices.show(supervisor.attempt, supervisor.status)
             observer.progress(supervisor.status)
     finally:
         group.stop()
     return supervisor
+
+
+class Notices:
+    """Shows each notice of a worker once."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self._shown: dict[tuple[int, int], int] = {}
+
+    def show(self, attempt: int, status: GroupStatus) -> None:
+        """Show what is new in a look at an attempt's workers."""
+        for rank, beat in status.beats.items():
+            seen = self._shown.get((attempt, rank), 0)
+            for text in beat.notices[seen:]:
+                self.observer.message(text)
+            self._shown[attempt, rank] = len(beat.notices)
 
 
 def _whereabouts(rank: int, facts: dict[str, Any]) -> dict[str, Any]:
@@ -284,7 +309,7 @@ def _summary(
         "tokens_per_second": metrics.get("tokens_per_second"),
         "seconds": round(time.time() - started, 2),
         "timeline": {name: round(moment - started, 2) for name, moment in timeline.items()},
-        "checkpoint": str(folders[-1]) if (folders := manifests.complete(run_directory.checkpoints)) else None,
+        "checkpoint": str(present[-1]) if (present := folders.complete(run_directory.checkpoints)) else None,
         "export": str(export) if export else None,
         "tensorboard": str(run_directory.tensorboard),
         "last_beats": [asdict(beat) for beat in supervisor.status.beats.values()],
@@ -297,7 +322,10 @@ def main() -> int:
         sys.stderr.write("usage: python -m launcher.orchestration.driver RUN_DIR\n")
         return 2
     try:
-        summary = drive(RunDirectory.at(sys.argv[1]), PlainObserver())
+        run_directory = RunDirectory.at(sys.argv[1])
+        read_plan(run_directory)
+        with holding(run_directory):
+            summary = drive(run_directory, PlainObserver())
     except ExpectedError as error:
         sys.stderr.write(f"{error}\n")
         return 2
