@@ -12,50 +12,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
+from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
+from cluster.types import STOP_FILE_VARIABLE
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
 from launcher.orchestration.failure import FailureKind, FailurePolicy
-from launcher.orchestration.supervisor import GroupStatus, RunState, Supervisor
+from launcher.orchestration.observers import JobObserver, Observer
+from launcher.orchestration.supervisor import RunState, Supervisor
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory, append_json_line, write_atomically
 from launcher.training import manifest as manifests
 
 CONNECT_TIMEOUT_S = 60.0
 
-
-class Observer(Protocol):
-    """Whoever shows a run to a person."""
-
-    def event(self, state: RunState, facts: dict[str, Any]) -> None:
-        """The run changed its state."""
-        ...
-
-    def message(self, text: str) -> None:
-        """Something to know, a line."""
-        ...
-
-    def progress(self, status: GroupStatus) -> None:
-        """A look at the workers; called about twice a second."""
-        ...
-
-
-class PlainObserver:
-    """Lines on a stream, for a driver that nobody watches live."""
-
-    def event(self, state: RunState, facts: dict[str, Any]) -> None:
-        """Write the state and its facts."""
-        sys.stdout.write(f"{time.strftime('%H:%M:%S')} {state.value} {json.dumps(facts, default=str)}\n")
-        sys.stdout.flush()
-
-    def message(self, text: str) -> None:
-        """Write the line."""
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-
-    def progress(self, status: GroupStatus) -> None:
-        """Write nothing: metrics.jsonl has it."""
+SIGNAL_ECHO_S = 2.0
+"""A second SIGTERM this soon is the first one by another way: Slurm may send it to every process of a job."""
 
 
 def read_plan(run_directory: RunDirectory) -> Plan:
@@ -96,7 +70,8 @@ def drive(
     started = time.time()
 
     def on_event(state: RunState, facts: dict[str, Any]) -> None:
-        append_json_line(run_directory.events, {"time": round(time.time(), 3), "state": state.value, **facts})
+        record = {"time": round(time.time(), 3), "state": state.value, **facts}
+        _append(run_directory.events, record, observer)
         observer.event(state, facts)
 
     prepared = _prepare(plan, run_directory, observer)
@@ -117,6 +92,14 @@ def drive(
     return summary
 
 
+def _append(path: Path, record: dict[str, Any], observer: Observer) -> None:
+    """Record a fact; a full disk must not keep the run from ending as it should, so it is only said."""
+    try:
+        append_json_line(path, record)
+    except OSError as error:
+        observer.message(f"{path.name} cannot be written: {error.strerror}")
+
+
 def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any:
     from launcher.data.prepare import prepare
 
@@ -132,6 +115,9 @@ def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any
             indent=1,
         ),
     )
+    if not sys.stderr.isatty():  # the progress bar has said them
+        for note in prepared.statistics.get("notes", []):
+            observer.message(note)
     return prepared
 
 
@@ -203,24 +189,26 @@ def _supervise(
     policy = FailurePolicy(plan.recipe.fault_tolerance.max_restarts)
     attempt: dict[str, Any] = {}
 
-    def record(state: RunState, facts: dict[str, Any]) -> None:
+    def record_attempt(state: RunState, facts: dict[str, Any]) -> None:
         if state is RunState.RUNNING:
             facts = {**facts, "workers": [_whereabouts(rank, place) for rank, place in enumerate(group.placements)]}
             attempt.update(attempt=facts["attempt"], started=time.time(), workers=facts["workers"])
         on_event(state, facts)
         if attempt and (state.is_final or state is RunState.RECOVERING):
-            append_json_line(
-                run_directory.attempts, {**attempt, "ended": time.time(), "outcome": state.value, "facts": facts}
-            )
+            record = {**attempt, "ended": time.time(), "outcome": state.value, "facts": facts}
+            _append(run_directory.attempts, record, observer)
             attempt.clear()
         if state in (RunState.RECOVERING, RunState.FAILED) and supervisor.failure_text:
             observer.message(supervisor.failure_text)
 
-    supervisor = Supervisor(group, policy, time.monotonic, time.sleep, record)
+    supervisor = Supervisor(group, policy, time.monotonic, time.sleep, record_attempt)
     try:
         with _interrupts(supervisor, observer):
+            stop_file = os.environ.get(STOP_FILE_VARIABLE)
             while not supervisor.step().is_final:
                 observer.progress(supervisor.status)
+                if stop_file is not None and Path(stop_file).exists():
+                    supervisor.request_stop()
             observer.progress(supervisor.status)
     finally:
         group.stop()
@@ -235,13 +223,15 @@ def _whereabouts(rank: int, facts: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _interrupts(supervisor: Supervisor, observer: Observer) -> Iterator[None]:
     """First Ctrl-C or SIGTERM: save and end at the next step. Second: end at once."""
-    seen = 0
+    first: float | None = None
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        seen += 1
-        if seen > 1:
+        nonlocal first
+        if first is not None:
+            if number == signal.SIGTERM and time.monotonic() - first < SIGNAL_ECHO_S:
+                return
             raise KeyboardInterrupt
+        first = time.monotonic()
         supervisor.request_stop()
         observer.message("stopping: the workers save after this step (interrupt again to end at once)")
 
@@ -296,8 +286,14 @@ def main() -> int:
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m launcher.orchestration.driver RUN_DIR\n")
         return 2
+    run_directory = RunDirectory.at(sys.argv[1])
+    observer = JobObserver(run_directory)
     try:
-        summary = drive(RunDirectory.at(sys.argv[1]), PlainObserver())
+        summary = completed_summary(run_directory, read_plan(run_directory))
+        if summary is not None:
+            observer.message("the run is complete already: nothing to do")
+            return 0
+        summary = drive(run_directory, observer)
     except ExpectedError as error:
         sys.stderr.write(f"{error}\n")
         return 2
