@@ -10,7 +10,6 @@ from typing import Any
 
 from launcher.errors import RunDirectoryError
 
-
 ATTEMPT_MARK = "=== attempt of"
 """Begins the line in a rank's log with which each attempt begins."""
 
