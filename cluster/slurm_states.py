@@ -89,7 +89,7 @@ def ask_squeue() -> dict[str, SlurmJob]:
 
 
 def _of_array(known: SlurmJob | None, other: SlurmJob) -> SlurmJob:
-    """Of the tasks of an array, which run one after the other, the one that runs, else that waits, else that ended last."""
+    """Of an array's tasks, which run one after the other: the one that runs, else that waits, else that ended last."""
     order = [JobState.RUNNING, JobState.PENDING]
     if known is None or known.ours not in order:
         return other
