@@ -159,7 +159,7 @@ def small_disk(tmp_path: Path) -> Path:
         pytest.skip("hardware: mounting a tmpfs needs root")
     folder = tmp_path / "small"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(folder)], check=True)
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -168,7 +168,7 @@ def test_a_full_disk_while_saving(zerofleet: Zerofleet, small_disk: Path, uninte
     directory = RunDirectory.at(small_disk / "run")
     directory.create()
     ballast = small_disk / "ballast"
-    ballast.write_bytes(b"x" * 850_000)
+    ballast.write_bytes(b"x" * 2_150_000)
     code, _, err = zerofleet.run("run", str(zerofleet.recipe), "--run-dir", str(directory.path))
     assert code == 2, err
     assert "checkpoint at step 5 cannot be written" in err
