@@ -73,9 +73,9 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder that `from_pretrained` loads."""
+    from launcher.checkpoints import manifest as manifests
     from launcher.errors import CheckpointError, ExpectedError
     from launcher.orchestration.driver import read_plan
-    from launcher.training import manifest as manifests
 
     directory = RunDirectory.at(run_dir)
     plan = read_plan(directory)

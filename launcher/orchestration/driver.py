@@ -17,13 +17,13 @@ from types import FrameType
 from typing import Any
 
 from cluster.types import STOP_FILE_VARIABLE
+from launcher.checkpoints import manifest as manifests
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
 from launcher.orchestration.failure import FailureKind, FailurePolicy
 from launcher.orchestration.observers import JobObserver, Observer
 from launcher.orchestration.supervisor import RunState, Supervisor
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory, append_json_line, write_atomically
-from launcher.training import manifest as manifests
 
 CONNECT_TIMEOUT_S = 60.0
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from launcher.checkpoints import manifest as manifests
+from launcher.checkpoints.manifest import Manifest
 from launcher.errors import StorageError
 from launcher.planning.plan import Plan
-from launcher.training import manifest as manifests
-from launcher.training.manifest import Manifest
 
 
 @dataclass

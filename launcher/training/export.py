@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from launcher.checkpoints.manifest import read_manifest
 from launcher.errors import CheckpointError, StorageError
 from launcher.models.build import DTYPES, build_config
 from launcher.planning.plan import Plan
-from launcher.training.manifest import read_manifest
 
 AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM}
 

@@ -7,13 +7,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from launcher.checkpoints import manifest as manifests
 from launcher.data.loader import BatchLoader, StepBatch
 from launcher.data.sampler import GlobalOrder
 from launcher.data.store import PreparedData
 from launcher.planning.plan import Plan
 from launcher.run_directory import append_json_line, read_json_lines
 from launcher.tasks import TASKS, Task
-from launcher.training import manifest as manifests
 from launcher.training.checkpoint import CheckpointManager, Progress
 from launcher.training.context import Phase, WorkerContext
 from launcher.training.distributed import Agreement, max_over_ranks, sum_over_ranks

@@ -10,8 +10,8 @@ import numpy as np
 import psutil
 import pytest
 
+from launcher.checkpoints import manifest as manifests
 from launcher.run_directory import RunDirectory, read_json_lines
-from launcher.training import manifest as manifests
 from tests.orchestration.conftest import Zerofleet, records, wait_for, wait_for_step, worker_pids
 
 pytestmark = [pytest.mark.ray, pytest.mark.distributed]

@@ -9,10 +9,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from launcher.checkpoints import manifest as manifests
 from launcher.data.store import PreparedData
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory, read_json_lines
-from launcher.training import manifest as manifests
 from launcher.training.export import export_checkpoint
 from tests.support.ranks import Ranks
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from launcher.checkpoints import manifest as manifests
 from launcher.data.store import PreparedData
 from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory, read_json_lines
-from launcher.training import manifest as manifests
 from tests.support.ranks import Ranks
 
 MakeRun = Callable[..., tuple[RunDirectory, Plan]]
