@@ -146,16 +146,32 @@ def connect(check_alive: Callable[[], None]) -> None:
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
     while not _answers(host, port, address):
-        check_alive()
-        if time.monotonic() > deadline:
-            raise ResourceError(f"no Ray cluster answers at RAY_ADDRESS={address} within {CONNECT_TIMEOUT_S:.0f} s")
-        time.sleep(0.1)
+        _pause_before(deadline, check_alive, f"no Ray cluster answers at RAY_ADDRESS={address}")
     import ray
 
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ResourceError(f"the Ray cluster at RAY_ADDRESS={address} refuses the driver: {error}") from error
+    while True:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+            return
+        except ConnectionError as error:
+            # A head listens a moment before it is ready, and says then what it says to a stranger.
+            _pause_before(
+                deadline, check_alive, f"the Ray cluster at RAY_ADDRESS={address} refuses the driver: {error}"
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ResourceError(f"the Ray cluster at RAY_ADDRESS={address} refuses the driver: {error}") from error
+
+
+def _pause_before(deadline: float, check_alive: Callable[[], None], problem: str) -> None:
+    """Wait a moment before the next try.
+
+    Raises:
+        ResourceError: the deadline has passed.
+    """
+    check_alive()
+    if time.monotonic() > deadline:
+        raise ResourceError(f"{problem} (tried for {CONNECT_TIMEOUT_S:.0f} s)")
+    time.sleep(0.1)
 
 
 def _answers(host: str, port: str, address: str) -> bool:
