@@ -1,6 +1,8 @@
 """`zerofleet run` and `zerofleet export`: train in the foreground, and turn a run into a Hugging Face folder."""
 
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,9 +93,11 @@ def export(
         section = plan.recipe.export.model_copy(update={"dtype": dtype})
         plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"export": section})})
     tokenizer = Path(_data_location(directory)["tokenizer_directory"])
-    from launcher.training.export import export_checkpoint
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed talks on stdout
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        from launcher.training.export import export_checkpoint
 
-    target = export_checkpoint(folders[chosen], plan, tokenizer, (output or directory.export).absolute())
+        target = export_checkpoint(folders[chosen], plan, tokenizer, (output or directory.export).absolute())
     if as_json:
         print(json.dumps({"step": chosen, "export": str(target)}))
     else:

@@ -299,6 +299,9 @@ class FaultToleranceSection(Section):
 
     max_restarts: int = Field(default=3, ge=0)
     """Restarts from the last checkpoint before the run gives up."""
+    save_before_end_seconds: int = Field(default=300, ge=10, le=65_535)
+    """How long before its time is over a job must save and stop; a step and a save must fit in. It goes on in the
+    job's next start."""
 
 
 class Recipe(Section):

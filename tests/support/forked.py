@@ -1,5 +1,6 @@
-"""Real gloo ranks that cost a fork: one process imports torch, DeepSpeed and transformers once, and every group of ranks
-is forked from it. For cases that end their ranks (a SIGKILL in the middle of a write) or need many sizes.
+"""Real gloo ranks that cost a fork: one process imports torch, DeepSpeed and transformers, all groups are forked from it.
+
+For cases that end their ranks (a SIGKILL in the middle of a write) or need many sizes.
 
 The server is this file run as a program; it takes one JSON request a line (`{"size": 2, "call": "module:function",
 "arguments": {...}, "environment": {...}}`) and answers with one JSON line: for each rank its result, error or signal.

@@ -1,4 +1,4 @@
-"""SIGKILL at every boundary of a write: the next run continues from a verified checkpoint and loses one interval at most.
+"""SIGKILL at every boundary of a write: the next run continues from a verified checkpoint, one interval back at most.
 
 The boundaries are listed by a run that passes them (launcher/checkpoints/faults.py), not sampled by time. One run then
 meets all of them, one an attempt, and must end exactly as the run that nobody killed.
