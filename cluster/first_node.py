@@ -1,5 +1,6 @@
 """The first node's agent: starts the Ray head, waits for the other nodes, runs the driver, says how the job ended."""
 
+import json
 import os
 import secrets
 import signal
@@ -10,7 +11,8 @@ import time
 from cluster.agent import POLL_S, START_TRIES, NodeAgent, ProvisionError, agent_command, say
 from cluster.processes import end_with_parent
 from cluster.ray_node import RaySecrets, RayStartError, port_block, start_head
-from cluster.start_folder import NodeReport, Outcome
+from cluster.start_folder import NodeReport, Outcome, StartFolder
+from cluster.types import PHASES_VARIABLE
 
 STOPPED = 130
 """Exit code of a driver that saved and stopped because it was asked to; as of a command that Ctrl-C ended."""
@@ -138,8 +140,16 @@ class FirstNode(NodeAgent):
         return "\n".join([f"{come}; these did not come:", *lines])
 
     def _drive(self, address: str, cluster: RaySecrets) -> Outcome:
-        environment = {**os.environ, **self.spec.environment, **cluster.environment, "RAY_ADDRESS": address}
         self.folder.mark("driver_started")
+        first = self.folder.path == StartFolder.all_of(self.job_directory)[0].path
+        moments = {**({"submitted": self.spec.submitted} if first else {}), **self.folder.phases()}
+        environment = {
+            **os.environ,
+            **self.spec.environment,
+            **cluster.environment,
+            "RAY_ADDRESS": address,
+            PHASES_VARIABLE: json.dumps(moments),
+        }
         say("driver: starting")
         sys.stdout.flush()
         driver = subprocess.Popen(

@@ -100,7 +100,8 @@ class LocalBackend:
         make_job_directory(request.job_directory)
         addresses = tuple(usable_address("127.0.0.1", index) for index in range(request.nodes))
         spec_of(request, addresses=addresses, spawn_peers=True).write(request.job_directory)
-        return Submission(str(start_detached(request.job_directory, 0)), {"host": os.uname().nodename})
+        process = start_detached(request.job_directory, 0)
+        return Submission(str(process.pid), {"host": os.uname().nodename, "process": str(process)})
 
     def states(self, records: Sequence[JobRecord]) -> dict[str, JobStatus]:
         """See `Backend.states`."""
@@ -114,7 +115,7 @@ class LocalBackend:
         if record.facts.get("host") != here:
             reason = f"it is a process of {record.facts.get('host')}, and this is {here}"
             return JobStatus(JobState.UNKNOWN, reason=reason)
-        if ProcessIdentity.parse(record.backend_id).is_alive:
+        if ProcessIdentity.parse(record.facts["process"]).is_alive:
             return JobStatus(JobState.RUNNING, "process", told.reason, told.nodes, told.starts)
         told = status_from_files(record)  # it may have ended between the two looks
         if told.state.is_final:
@@ -128,7 +129,7 @@ class LocalBackend:
 
     def cancel(self, record: JobRecord, *, now: bool) -> str:
         """See `Backend.cancel`."""
-        process = ProcessIdentity.parse(record.backend_id)
+        process = ProcessIdentity.parse(record.facts["process"])
         if not process.send(signal.SIGQUIT if now else signal.SIGTERM):
             raise BackendError(f"job {record.id} does not run on this machine (any more)")
         return f"process {process.pid} ends now" if now else f"process {process.pid} saves and ends"

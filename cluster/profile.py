@@ -140,7 +140,7 @@ def load_profile(name_or_path: str | Path | None = None) -> Profile:
     Raises:
         ProfileError: there is no such profile, or it is wrong; lists everything that is.
     """
-    path = _find(name_or_path or "local")
+    path = find_profile(name_or_path or "local")
     document = read_yaml(path, ProfileError)
     document.data.setdefault("name", path.stem)
     return validate(Profile, document, ProfileError)
@@ -148,7 +148,7 @@ def load_profile(name_or_path: str | Path | None = None) -> Profile:
 
 def profile_warnings(name_or_path: str | Path | None = None) -> list[str]:
     """What a person should know of a profile that loads: secrets in a file that others can read."""
-    path = _find(name_or_path or "local")
+    path = find_profile(name_or_path or "local")
     secret = sorted(name for name in load_profile(path).environment if SECRET_NAME.search(name))
     if not secret or not path.stat().st_mode & 0o044:
         return []
@@ -165,7 +165,12 @@ def _folders() -> tuple[Path, Path]:
     return configuration / "zerofleet" / "profiles", Path(__file__).resolve().parent / "profiles"
 
 
-def _find(name_or_path: str | Path) -> Path:
+def find_profile(name_or_path: str | Path) -> Path:
+    """The file of a profile; see `load_profile`.
+
+    Raises:
+        ProfileError: no profile has this name.
+    """
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or text.endswith(_SUFFIXES):
         return Path(name_or_path)

@@ -21,12 +21,19 @@ from cluster.errors import BackendError
 from cluster.first_node import STOPPED
 from cluster.job_files import make_job_directory
 from cluster.ray_node import accepts_connections
-from cluster.types import JobRecord, JobRequest, JobState, JobStatus, Log, Submission
+from cluster.types import (
+    STOP_FILE_VARIABLE,
+    JobRecord,
+    JobRequest,
+    JobState,
+    JobStatus,
+    Log,
+    Submission,
+)
 
 TIMEOUT_S = 10.0
 STOP_FILE = "stop"
 """In the job's directory: while it is there the driver is asked to save and end. Ray itself would give it 3 seconds."""
-STOP_FILE_VARIABLE = "ZEROFLEET_STOP_FILE"
 
 STATES = {
     "PENDING": JobState.PENDING,

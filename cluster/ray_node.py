@@ -81,6 +81,8 @@ class RaySecrets:
             "RAY_DISABLE_IMPORT_WARNING": "1",
             # How long a node without its head goes on; Ray's default is a minute.
             "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+            # Ray runs workers at nice 15, behind everything else on the machine; training is what the machine is for.
+            "RAY_worker_niceness": "0",
         }
 
 

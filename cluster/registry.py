@@ -10,6 +10,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -44,9 +45,8 @@ def add(record: JobRecord) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     content = json.dumps(asdict(record), indent=1)
     _write_new(folder / f"{record.id}.json", content)
-    copy = Path(record.job_directory) / RECORD_FILE
-    if not copy.exists():
-        _write_new(copy, content)
+    with suppress(FileExistsError):
+        _write_new(Path(record.job_directory) / RECORD_FILE, content)
 
 
 def _write_new(path: Path, content: str) -> None:

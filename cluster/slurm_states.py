@@ -79,8 +79,10 @@ def ask_squeue() -> dict[str, SlurmJob]:
     """
     lines = run_slurm("squeue", "--me", "--noheader", "--states=all", "--array", "--format=%F|%T|%r|%N|%S").splitlines()
     jobs: dict[str, SlurmJob] = {}
-    for line in lines:
-        job_id, state, reason, nodes, start = (part.strip() for part in line.split("|"))
+    for parts in (line.split("|") for line in lines):
+        if len(parts) != 5:  # a site's greeting
+            continue
+        job_id, state, reason, nodes, start = (part.strip() for part in parts)
         pending = STATES.get(state) is JobState.PENDING
         planned = _time(start) if pending else None
         job = SlurmJob(state, reason if reason not in ("None", "(null)") else "", nodes, planned)
@@ -89,7 +91,7 @@ def ask_squeue() -> dict[str, SlurmJob]:
 
 
 def _of_array(known: SlurmJob | None, other: SlurmJob) -> SlurmJob:
-    """Of the tasks of an array, which run one after the other, the one that runs, else that waits, else that ended last."""
+    """Of an array's tasks, which run one after the other: the one that runs, else that waits, else that ended last."""
     order = [JobState.RUNNING, JobState.PENDING]
     if known is None or known.ours not in order:
         return other

@@ -36,6 +36,7 @@ class JobSpec:
         addresses: of the nodes, when they are known beforehand.
         names: of the nodes, when they are known beforehand.
         spawn_peers: the first node's process starts those of the others, on the same machine.
+        submitted: Unix time.
     """
 
     name: str
@@ -51,6 +52,7 @@ class JobSpec:
     addresses: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     spawn_peers: bool = False
+    submitted: float = field(default_factory=time.time)
 
     def write(self, job_directory: Path) -> None:
         """Put it where the nodes read it."""

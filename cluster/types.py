@@ -10,6 +10,13 @@ if TYPE_CHECKING:  # pydantic takes a while to load, and who only looks at jobs 
     from cluster.profile import Profile
 
 
+PHASES_VARIABLE = "ZEROFLEET_PHASES"
+"""Tells a driver when its job was submitted, got its machines and had its Ray: a JSON mapping to Unix times."""
+
+STOP_FILE_VARIABLE = "ZEROFLEET_STOP_FILE"
+"""Names a file to a driver whose being there asks it to save and end, where no signal can be sent."""
+
+
 class JobState(StrEnum):
     """Where a job is. One table for each backend maps its own words to these."""
 

@@ -1,5 +1,6 @@
 """The run directory: the contract between CLI, driver and workers. Every path in it is named here and nowhere else."""
 
+import errno
 import json
 import os
 import tempfile
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import RunDirectoryError
+
+ATTEMPT_MARK = "=== attempt of"
+"""Begins the line in a rank's log with which each attempt begins."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class RunDirectory:
         return self.path / "deepspeed.json"
 
     @property
+    def lock(self) -> Path:
+        """Who drives the run now (JSON); empty or absent when nobody does."""
+        return self.path / "run.lock"
+
+    @property
     def data(self) -> Path:
         """Where the prepared data is (JSON: directory, fingerprint)."""
         return self.path / "data.json"
@@ -59,6 +68,21 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One JSON object a logged step or evaluation."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def progress(self) -> Path:
+        """How far the running job is (JSON), replaced about once a second."""
+        return self.path / "progress.json"
+
+    @property
+    def jobs(self) -> Path:
+        """Folder of the jobs that were submitted for this run, `0001/` each."""
+        return self.path / "jobs"
+
+    @property
+    def provenance(self) -> Path:
+        """What ran (JSON): versions, git revision, packages, profile; without secrets."""
+        return self.path / "provenance.json"
 
     @property
     def summary(self) -> Path:
@@ -130,11 +154,18 @@ def write_atomically(path: Path, content: str) -> None:
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON object as a line, in one write, so that a reader never sees two writers' lines mixed."""
+    """Append one JSON object as a line, in one write, so that a reader never sees two writers' lines mixed.
+
+    Raises:
+        OSError: the line cannot be written; nothing of it stays (a disk that gets full takes a part of a write).
+    """
     line = (json.dumps(record, separators=(",", ":"), default=str) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line)
+        written = os.write(descriptor, line)
+        if written < len(line):
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 

@@ -2,17 +2,28 @@
 
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+from cluster import registry
+from cluster.backends import backend_for
 from cluster.profile import Profile
+from cluster.types import JobRecord, JobRequest, JobState
 from launcher.errors import ExpectedError
-from launcher.orchestration.driver import Observer, completed_summary, drive, read_plan
+from launcher.orchestration.driver import completed_summary, drive, read_plan
+from launcher.orchestration.observers import Observer
+from launcher.orchestration.run_lock import holding
 from launcher.planning.layout import Resources
 from launcher.planning.plan import Plan
+from launcher.provenance import record_provenance
 from launcher.recipe.loading import dump_recipe
 from launcher.run_directory import RunDirectory, write_atomically
+
+FOREGROUND_BACKENDS = ("local", "ray")
 
 
 def resources_of(profile: Profile) -> Resources:
@@ -51,13 +62,20 @@ def run_foreground(plan: Plan, profile: Profile, run_directory: RunDirectory, ob
     Raises:
         ExpectedError: what a person must change.
     """
+    if profile.backend not in FOREGROUND_BACKENDS:
+        raise ExpectedError(
+            f"profile {profile.name} is of the {profile.backend} backend, which runs nothing in the foreground; "
+            f"use zerofleet submit RECIPE --profile {profile.name} --follow"
+        )
     summary = completed_summary(run_directory, plan)
     if summary is not None:
         return {**summary, "already_complete": True}
-    write_run(run_directory, plan)
-    os.environ.update(profile.environment)
-    with _ray(profile, plan) as check_alive:
-        return drive(run_directory, observer, check_alive)
+    with holding(run_directory):
+        write_run(run_directory, plan)
+        record_provenance(run_directory.provenance, profile)
+        os.environ.update(profile.environment)
+        with _ray(profile, plan) as check_alive:
+            return drive(run_directory, observer, check_alive)
 
 
 @contextmanager
@@ -70,11 +88,6 @@ def _ray(profile: Profile, plan: Plan) -> Iterator[Callable[[], None]]:
         os.environ["RAY_ADDRESS"] = address
         yield lambda: None
         return
-    if profile.backend != "local":
-        raise ExpectedError(
-            f"profile {profile.name} is of the {profile.backend} backend, which runs nothing in the foreground; "
-            f"use zerofleet submit RECIPE --profile {profile.name} --follow"
-        )
     from cluster.local import local_ray
 
     with local_ray(*node_resources(plan.resources), plan.resources.nodes) as ray:
@@ -98,4 +111,85 @@ def _disconnect() -> None:
         sys.modules["ray"].shutdown()
 
 
-__all__ = ["read_plan", "resources_of", "run_foreground", "write_run"]
+def make_request(plan: Plan, profile: Profile, run_directory: RunDirectory) -> JobRequest:
+    """What a backend needs to run a plan; the same for a dry run and for the real one."""
+    cpus, gpus = node_resources(plan.resources)
+    return JobRequest(
+        name=plan.recipe.name,
+        run_directory=run_directory.path,
+        job_directory=registry.new_job_directory(run_directory.jobs),
+        # -P: no file of the working directory may take the place of a module.
+        argv=(sys.executable, "-P", "-m", "launcher.orchestration.driver", str(run_directory.path)),
+        profile=profile,
+        nodes=plan.resources.nodes,
+        cpus_per_node=cpus,
+        gpus_per_node=gpus,
+        save_before_end_seconds=plan.recipe.fault_tolerance.save_before_end_seconds,
+        progress_directory=run_directory.checkpoints,
+    )
+
+
+def render_job(plan: Plan, profile: Profile, run_directory: RunDirectory) -> str:
+    """What `submit_job` would send, to read; nothing is written."""
+    return backend_for(profile.backend).render(make_request(plan, profile, run_directory))
+
+
+def submit_job(plan: Plan, profile: Profile, run_directory: RunDirectory, *, sweep: str = "") -> JobRecord:
+    """Send a run to the profile's backend, where it goes on without this process.
+
+    Args:
+        plan: what to run.
+        profile: where.
+        run_directory: of the run.
+        sweep: id of the sweep it belongs to.
+
+    Raises:
+        BackendError: it was refused.
+        ExpectedError: the run is complete, or another job is at it.
+    """
+    if completed_summary(run_directory, plan) is not None:
+        raise ExpectedError(f"{run_directory.path} is complete already: nothing to submit; start anew with --run-dir")
+    _refuse_second_job(run_directory)
+    with holding(run_directory):
+        write_run(run_directory, plan)
+        record_provenance(run_directory.provenance, profile)
+    request = make_request(plan, profile, run_directory)
+    submitted = time.time()
+    submission = backend_for(profile.backend).submit(request)
+    record = JobRecord(
+        id=registry.new_id(),
+        name=request.name,
+        backend=profile.backend,
+        backend_id=submission.backend_id,
+        run_directory=str(run_directory.path),
+        job_directory=str(request.job_directory),
+        argv=request.argv,
+        submitted=submitted,
+        profile=profile.name,
+        nodes=request.nodes,
+        sweep=sweep,
+        facts=submission.facts,
+    )
+    while True:
+        try:
+            registry.add(record)
+        except FileExistsError:
+            record = replace(record, id=registry.new_id())
+            continue
+        return record
+
+
+def _refuse_second_job(run_directory: RunDirectory) -> None:
+    """Two drivers in one run directory would overwrite each other's checkpoints."""
+    for record in registry.records():
+        if record.run_directory != str(run_directory.path):
+            continue
+        status = backend_for(record.backend).states([record])[record.id]
+        if status.state in (JobState.PENDING, JobState.RUNNING):
+            raise ExpectedError(
+                f"job {record.id} of {run_directory.path} is {status.state}; cancel it first (zerofleet cancel "
+                f"{record.id}), or take another run directory with --run-dir"
+            )
+
+
+__all__ = ["make_request", "read_plan", "render_job", "resources_of", "run_foreground", "submit_job", "write_run"]

@@ -1,30 +1,16 @@
 """The console of a running run: one live line on a terminal, plain lines elsewhere, and the closing summary."""
 
+import contextlib
 import sys
 import time
 from typing import Any
 
+from launcher.orchestration.progress import Pace, progress_line, readable_seconds
 from launcher.orchestration.supervisor import GroupStatus, RunState
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory
 
 PLAIN_INTERVAL_S = 10.0
-
-
-def readable_bytes(count: float) -> str:
-    """`1.50 GiB` style."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"
-
-
-def readable_seconds(seconds: float) -> str:
-    """`1:02:03` or `02:03`."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes:02d}:{whole % 60:02d}"
 
 
 class LiveObserver:
@@ -39,7 +25,7 @@ class LiveObserver:
         self._shown = ""
         self._last_plain = 0.0
         self._last_record: dict[str, Any] = {}
-        self._steps: list[tuple[float, int]] = []
+        self.pace = Pace()
 
     def event(self, state: RunState, facts: dict[str, Any]) -> None:
         """Show a change of state."""
@@ -54,7 +40,7 @@ class LiveObserver:
 
     def message(self, text: str) -> None:
         """Write a line that stays."""
-        with self.run_directory.driver_log.open("a", encoding="utf-8") as log:
+        with contextlib.suppress(OSError), self.run_directory.driver_log.open("a", encoding="utf-8") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if not self.quiet:
             self._clear()
@@ -66,7 +52,8 @@ class LiveObserver:
         beat = status.beats.get(0)
         if beat is None or self.quiet:
             return
-        line = self._line(beat.step, beat.max_steps, beat.metrics, beat.phase.value)
+        remaining = self.pace.remaining(time.monotonic(), beat.step, beat.max_steps)
+        line = progress_line(beat.step, beat.max_steps, beat.metrics, beat.phase.value, remaining)
         if self.live:
             self._clear()
             self.stream.write(line)
@@ -76,33 +63,6 @@ class LiveObserver:
             self._last_plain, self._last_record = time.monotonic(), beat.metrics
             self.stream.write(line + "\n")
             self.stream.flush()
-
-    def _line(self, step: int, max_steps: int, metrics: dict[str, Any], phase: str) -> str:
-        if not max_steps:
-            return phase
-        parts = [f"step {step}/{max_steps}"]
-        formats = {
-            "loss": ("loss {:.4f}", 1),
-            "eval_loss": ("eval {:.4f}", 1),
-            "learning_rate": ("lr {:.2e}", 1),
-            "tokens_per_second": ("{:,.0f} tokens/s", 1),
-        }
-        for key, (form, _) in formats.items():
-            if metrics.get(key) is not None:
-                parts.append(form.format(metrics[key]))
-        if metrics.get("memory_bytes"):
-            parts.append(f"{readable_bytes(metrics['memory_bytes'])}/rank")
-        remaining = self._remaining(step, max_steps)
-        if remaining is not None:
-            parts.append(f"ETA {readable_seconds(remaining)}")
-        parts.append(phase)
-        return " | ".join(parts)
-
-    def _remaining(self, step: int, max_steps: int) -> float | None:
-        """Seconds to the end at the pace of the last looks (evaluation and saving included)."""
-        self._steps = [*self._steps[-240:], (time.monotonic(), step)]
-        (then, first), (now, last) = self._steps[0], self._steps[-1]
-        return (max_steps - last) * (now - then) / (last - first) if last > first else None
 
     def _clear(self) -> None:
         if self._shown:

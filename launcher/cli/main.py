@@ -9,11 +9,15 @@ from typing import Annotated
 import typer
 
 from cluster.errors import ExpectedError
+from launcher.cli.jobs import cancel, jobs, status
+from launcher.cli.logs import attach, logs
 from launcher.cli.plan import plan
 from launcher.cli.prepare import prepare
+from launcher.cli.profile import profile
 from launcher.cli.recipes import recipes
 from launcher.cli.run import export, run
 from launcher.cli.schema import schema
+from launcher.cli.submit import submit, sweep
 from launcher.cli.tensorboard import tensorboard
 
 EXPECTED_ERROR = 2
@@ -28,11 +32,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(run)
+app.command()(submit)
+app.command()(jobs)
+app.command()(status)
+app.command()(logs)
+app.command()(attach)
+app.command()(cancel)
+app.command()(sweep)
 app.command()(plan)
 app.command()(prepare)
 app.command()(export)
 app.command()(tensorboard)
 app.add_typer(recipes, name="recipes")
+app.add_typer(profile, name="profile")
 app.command()(schema)
 
 

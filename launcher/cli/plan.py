@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.cli.live import readable_bytes
+from launcher.orchestration.progress import readable_bytes
 
 if TYPE_CHECKING:
     from launcher.planning.plan import Plan

@@ -1,6 +1,8 @@
 """`zerofleet run` and `zerofleet export`: train in the foreground, and turn a run into a Hugging Face folder."""
 
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,13 +73,13 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder that `from_pretrained` loads."""
+    from launcher.checkpoints import folders as checkpoint_folders
     from launcher.errors import CheckpointError, ExpectedError
     from launcher.orchestration.driver import read_plan
-    from launcher.training import manifest as manifests
 
     directory = RunDirectory.at(run_dir)
     plan = read_plan(directory)
-    folders = {int(path.name.removeprefix("step_")): path for path in manifests.complete(directory.checkpoints)}
+    folders = {checkpoint_folders.step_of(path): path for path in checkpoint_folders.complete(directory.checkpoints)}
     if not folders:
         raise CheckpointError(f"{directory.checkpoints} holds no complete checkpoint")
     chosen = max(folders) if step is None else step
@@ -91,9 +93,11 @@ def export(
         section = plan.recipe.export.model_copy(update={"dtype": dtype})
         plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"export": section})})
     tokenizer = Path(_data_location(directory)["tokenizer_directory"])
-    from launcher.training.export import export_checkpoint
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed talks on stdout
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        from launcher.training.export import export_checkpoint
 
-    target = export_checkpoint(folders[chosen], plan, tokenizer, (output or directory.export).absolute())
+        target = export_checkpoint(folders[chosen], plan, tokenizer, (output or directory.export).absolute())
     if as_json:
         print(json.dumps({"step": chosen, "export": str(target)}))
     else:

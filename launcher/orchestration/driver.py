@@ -12,50 +12,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
+from cluster.types import STOP_FILE_VARIABLE
+from launcher.checkpoints import folders
+from launcher.checkpoints.manifest import faults_of, read_manifest
+from launcher.checkpoints.resumable import check_resumable
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
 from launcher.orchestration.failure import FailureKind, FailurePolicy
-from launcher.orchestration.supervisor import GroupStatus, RunState, Supervisor
+from launcher.orchestration.observers import JobObserver, Notices, Observer
+from launcher.orchestration.run_lock import holding
+from launcher.orchestration.supervisor import RunState, Supervisor
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory, append_json_line, write_atomically
-from launcher.training import manifest as manifests
 
 CONNECT_TIMEOUT_S = 60.0
 
-
-class Observer(Protocol):
-    """Whoever shows a run to a person."""
-
-    def event(self, state: RunState, facts: dict[str, Any]) -> None:
-        """The run changed its state."""
-        ...
-
-    def message(self, text: str) -> None:
-        """Something to know, a line."""
-        ...
-
-    def progress(self, status: GroupStatus) -> None:
-        """A look at the workers; called about twice a second."""
-        ...
-
-
-class PlainObserver:
-    """Lines on a stream, for a driver that nobody watches live."""
-
-    def event(self, state: RunState, facts: dict[str, Any]) -> None:
-        """Write the state and its facts."""
-        sys.stdout.write(f"{time.strftime('%H:%M:%S')} {state.value} {json.dumps(facts, default=str)}\n")
-        sys.stdout.flush()
-
-    def message(self, text: str) -> None:
-        """Write the line."""
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-
-    def progress(self, status: GroupStatus) -> None:
-        """Write nothing: metrics.jsonl has it."""
+SIGNAL_ECHO_S = 2.0
+"""A second SIGTERM this soon is the first one by another way: Slurm may send it to every process of a job."""
 
 
 def read_plan(run_directory: RunDirectory) -> Plan:
@@ -96,7 +72,8 @@ def drive(
     started = time.time()
 
     def on_event(state: RunState, facts: dict[str, Any]) -> None:
-        append_json_line(run_directory.events, {"time": round(time.time(), 3), "state": state.value, **facts})
+        record = {"time": round(time.time(), 3), "state": state.value, **facts}
+        _append(run_directory.events, record, observer)
         observer.event(state, facts)
 
     prepared = _prepare(plan, run_directory, observer)
@@ -117,6 +94,14 @@ def drive(
     return summary
 
 
+def _append(path: Path, record: dict[str, Any], observer: Observer) -> None:
+    """Record a fact; a full disk must not keep the run from ending as it should, so it is only said."""
+    try:
+        append_json_line(path, record)
+    except OSError as error:
+        observer.message(f"{path.name} cannot be written: {error.strerror}")
+
+
 def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any:
     from launcher.data.prepare import prepare
 
@@ -132,18 +117,24 @@ def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any
             indent=1,
         ),
     )
+    if not sys.stderr.isatty():  # the progress bar has said them
+        for note in prepared.statistics.get("notes", []):
+            observer.message(note)
     return prepared
 
 
 def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str, observer: Observer) -> None:
-    """Before any worker starts: remove what interrupted saves left, refuse a checkpoint of another recipe."""
-    for name in manifests.remove_incomplete(run_directory.checkpoints):
-        observer.message(f"removed {name}, left by an interrupted save")
-    folders = manifests.complete(run_directory.checkpoints)
-    if folders:
-        manifest = manifests.read_manifest(folders[-1])
-        manifests.check_resumable(manifest, plan, fingerprint, folders[-1])
-        observer.message(f"resuming from {folders[-1].name}")
+    """Before any worker starts: tidy up after interrupted saves, refuse a checkpoint of another recipe.
+
+    Here only sizes are compared; the workers compare checksums, each of a part of the files.
+    """
+    for note in folders.tidy(run_directory.checkpoints):
+        observer.message(note)
+    for folder in reversed(folders.complete(run_directory.checkpoints)):
+        if not faults_of(folder, contents=False):
+            check_resumable(read_manifest(folder), plan, fingerprint, folder)
+            observer.message(f"resuming from {folder.name}")
+            return
 
 
 def connect(check_alive: Callable[[], None]) -> None:
@@ -161,16 +152,32 @@ def connect(check_alive: Callable[[], None]) -> None:
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
     while not _answers(host, port, address):
-        check_alive()
-        if time.monotonic() > deadline:
-            raise ResourceError(f"no Ray cluster answers at RAY_ADDRESS={address} within {CONNECT_TIMEOUT_S:.0f} s")
-        time.sleep(0.1)
+        _pause_before(deadline, check_alive, f"no Ray cluster answers at RAY_ADDRESS={address}")
     import ray
 
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ResourceError(f"the Ray cluster at RAY_ADDRESS={address} refuses the driver: {error}") from error
+    while True:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+            return
+        except ConnectionError as error:
+            # A head listens a moment before it is ready, and says then what it says to a stranger.
+            _pause_before(
+                deadline, check_alive, f"the Ray cluster at RAY_ADDRESS={address} refuses the driver: {error}"
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ResourceError(f"the Ray cluster at RAY_ADDRESS={address} refuses the driver: {error}") from error
+
+
+def _pause_before(deadline: float, check_alive: Callable[[], None], problem: str) -> None:
+    """Wait a moment before the next try.
+
+    Raises:
+        ResourceError: the deadline has passed.
+    """
+    check_alive()
+    if time.monotonic() > deadline:
+        raise ResourceError(f"{problem} (tried for {CONNECT_TIMEOUT_S:.0f} s)")
+    time.sleep(0.1)
 
 
 def _answers(host: str, port: str, address: str) -> bool:
@@ -203,24 +210,29 @@ def _supervise(
     policy = FailurePolicy(plan.recipe.fault_tolerance.max_restarts)
     attempt: dict[str, Any] = {}
 
-    def record(state: RunState, facts: dict[str, Any]) -> None:
+    def record_attempt(state: RunState, facts: dict[str, Any]) -> None:
         if state is RunState.RUNNING:
             facts = {**facts, "workers": [_whereabouts(rank, place) for rank, place in enumerate(group.placements)]}
             attempt.update(attempt=facts["attempt"], started=time.time(), workers=facts["workers"])
         on_event(state, facts)
         if attempt and (state.is_final or state is RunState.RECOVERING):
-            append_json_line(
-                run_directory.attempts, {**attempt, "ended": time.time(), "outcome": state.value, "facts": facts}
-            )
+            record = {**attempt, "ended": time.time(), "outcome": state.value, "facts": facts}
+            _append(run_directory.attempts, record, observer)
             attempt.clear()
         if state in (RunState.RECOVERING, RunState.FAILED) and supervisor.failure_text:
             observer.message(supervisor.failure_text)
 
-    supervisor = Supervisor(group, policy, time.monotonic, time.sleep, record)
+    supervisor = Supervisor(group, policy, time.monotonic, time.sleep, record_attempt)
     try:
         with _interrupts(supervisor, observer):
+            stop_file = os.environ.get(STOP_FILE_VARIABLE)
+            notices = Notices(observer)
             while not supervisor.step().is_final:
+                notices.show(supervisor.attempt, supervisor.status)
                 observer.progress(supervisor.status)
+                if stop_file is not None and Path(stop_file).exists():
+                    supervisor.request_stop()
+            notices.show(supervisor.attempt, supervisor.status)
             observer.progress(supervisor.status)
     finally:
         group.stop()
@@ -235,13 +247,15 @@ def _whereabouts(rank: int, facts: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _interrupts(supervisor: Supervisor, observer: Observer) -> Iterator[None]:
     """First Ctrl-C or SIGTERM: save and end at the next step. Second: end at once."""
-    seen = 0
+    first: float | None = None
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        seen += 1
-        if seen > 1:
+        nonlocal first
+        if first is not None:
+            if number == signal.SIGTERM and time.monotonic() - first < SIGNAL_ECHO_S:
+                return
             raise KeyboardInterrupt
+        first = time.monotonic()
         supervisor.request_stop()
         observer.message("stopping: the workers save after this step (interrupt again to end at once)")
 
@@ -284,7 +298,7 @@ def _summary(
         "tokens_per_second": metrics.get("tokens_per_second"),
         "seconds": round(time.time() - started, 2),
         "timeline": {name: round(moment - started, 2) for name, moment in timeline.items()},
-        "checkpoint": str(folders[-1]) if (folders := manifests.complete(run_directory.checkpoints)) else None,
+        "checkpoint": str(present[-1]) if (present := folders.complete(run_directory.checkpoints)) else None,
         "export": str(export) if export else None,
         "tensorboard": str(run_directory.tensorboard),
         "last_beats": [asdict(beat) for beat in supervisor.status.beats.values()],
@@ -296,8 +310,16 @@ def main() -> int:
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m launcher.orchestration.driver RUN_DIR\n")
         return 2
+    run_directory = RunDirectory.at(sys.argv[1])
+    observer = JobObserver(run_directory)
     try:
-        summary = drive(RunDirectory.at(sys.argv[1]), PlainObserver())
+        read_plan(run_directory)
+        with holding(run_directory):
+            summary = completed_summary(run_directory, read_plan(run_directory))
+            if summary is not None:
+                observer.message("the run is complete already: nothing to do")
+                return 0
+            summary = drive(run_directory, observer)
     except ExpectedError as error:
         sys.stderr.write(f"{error}\n")
         return 2

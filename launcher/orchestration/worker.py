@@ -3,6 +3,8 @@
 torch is imported in the training thread only, after the environment is set.
 """
 
+import contextlib
+import errno
 import os
 import socket
 import sys
@@ -12,7 +14,8 @@ import traceback
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launcher.run_directory import RunDirectory
+from launcher.errors import ExpectedError
+from launcher.run_directory import ATTEMPT_MARK, RunDirectory
 from launcher.training.context import Beat, Heartbeat, Phase, WorkerContext
 
 WORKER_ENVIRONMENT = {
@@ -76,6 +79,7 @@ class Worker:
         self._ended = threading.Event()
         self._outcome: dict[str, Any] = {}
         _write_output_to(self.run_directory.rank_log(rank))
+        sys.stdout.write(f"{ATTEMPT_MARK} {time.strftime('%F %T')} on {socket.gethostname()}, process {os.getpid()}\n")
 
     def describe(self) -> dict[str, Any]:
         """Node address, GPU ids, process id and a free port."""
@@ -111,9 +115,9 @@ class Worker:
         return self.heartbeat.read()
 
     def wait(self) -> dict[str, Any]:
-        """Return when training has ended, with the result or the error."""
+        """Return when training has ended, with the result or the error, and the last heartbeat."""
         self._ended.wait()
-        return self._outcome
+        return {**self._outcome, "beat": self.heartbeat.read()}
 
     def request_stop(self) -> None:
         """Save and end at the next step boundary."""
@@ -134,26 +138,27 @@ class Worker:
             )
             self._outcome = {"result": asdict(run_rank(context))}
         except BaseException as error:
-            from launcher.errors import ExpectedError
-
-            text = "".join(traceback.format_exception(error))
-            sys.stderr.write(text)
-            expected = isinstance(error, ExpectedError)
-            self._outcome = {
-                "error": {
-                    "rank": self.rank,
-                    "kind": "expected" if expected else "exception",
-                    "message": str(error) if expected else f"{type(error).__name__}: {error}",
-                    "traceback": "" if expected else text,
-                    "step": self.heartbeat.step,
-                    "phase": self.heartbeat.read().phase.value,
-                    "time": time.time(),
-                }
-            }
+            self._outcome = {"error": self._report(error)}
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             self._ended.set()
+
+    def _report(self, error: BaseException) -> dict[str, Any]:
+        """The facts of a `Failure`, and the traceback in this rank's log."""
+        text = "".join(traceback.format_exception(error))
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        expected = isinstance(error, ExpectedError) or full
+        with contextlib.suppress(OSError):  # the disk that the log is on may be the very one that is full
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        return {
+            "rank": self.rank,
+            "kind": "expected" if expected else "exception",
+            "message": str(error) if expected else f"{type(error).__name__}: {error}",
+            "traceback": "" if expected else text,
+            "step": self.heartbeat.step,
+            "phase": self.heartbeat.read().phase.value,
+            "time": time.time(),
+        }
 
 
 def _write_output_to(path: os.PathLike[str]) -> None:

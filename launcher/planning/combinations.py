@@ -60,6 +60,15 @@ COMBINATIONS: tuple[Combination, ...] = (
         source="runtime/engine.py: _apply_autotp_partitioning (AutoTP, from transformers' tp_plan)",
         test="test_layouts_tensor.py",
     ),
+    Combination(
+        groups=frozenset({"sequence"}),
+        zero_stages=_ALL_STAGES,
+        precisions=frozenset({"fp32", "bf16"}),
+        offload=False,
+        reason="",
+        source="runtime/sequence_parallel/ulysses_sp.py (Ulysses, ALST)",
+        test="test_layouts_sequence.py",
+    ),
 )
 """Every legal combination. The search of layouts enumerates these rows and nothing else."""
 
@@ -70,6 +79,7 @@ FAMILIES_BY_KIND: dict[str, frozenset[str]] = {
             *("granite", "smollm3", "starcoder2"),
         }
     ),
+    "sequence": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"}),
 }
 """Families that a test of ours has trained with each kind of groups."""
 
@@ -145,7 +155,30 @@ def _tensor_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str]:
     return [f"{size} does not divide the model's {' and '.join(wrong)}; sizes that do: {_listed(fits)}"]
 
 
-_CHECKS: dict[str, Callable[[ModelShape, int, Recipe], list[str]]] = {"tensor": _tensor_problems}
+def _sequence_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str]:
+    problems = []
+    heads, kv_heads, length = shape.num_attention_heads, shape.num_key_value_heads, recipe.data.sequence_length
+    fits = [d for d in divisors(heads) if kv_heads % d == 0 or d % kv_heads == 0]
+    if size not in fits:
+        problems.append(
+            f"{size} does not go with the model's {heads} heads and {kv_heads} key-value heads; "
+            f"sizes that do: {_listed(fits)}"
+        )
+    if length % size:
+        near = f"{length // size * size} or {-(-length // size) * size}"
+        problems.append(f"{size} does not divide data.sequence_length {length}; set that to {near}")
+    if recipe.model.attn_implementation != "sdpa":
+        problems.append(
+            f"model.attn_implementation {recipe.model.attn_implementation} is not proved with sequence parallelism; "
+            "set it to sdpa"
+        )
+    return problems
+
+
+_CHECKS: dict[str, Callable[[ModelShape, int, Recipe], list[str]]] = {
+    "tensor": _tensor_problems,
+    "sequence": _sequence_problems,
+}
 
 
 def _why(config: Mapping[str, Any], kind: str) -> str:

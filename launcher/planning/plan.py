@@ -29,6 +29,7 @@ from launcher.planning.model_shape import (
     unknown_reason,
     unread_fields,
 )
+from launcher.planning.optimizers import optimizer_problems
 from launcher.recipe.schema import Recipe
 
 Arguments = ParamSpec("Arguments")
@@ -93,6 +94,7 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
     if deepspeed is not None:
         offloads = "none" not in (deepspeed.offload_optimizer, deepspeed.offload_param)
         problems += combination_problems(layout, deepspeed.zero_stage, recipe.training.precision, offloads)
+        problems += optimizer_problems(recipe.optimizer, deepspeed.zero_stage)
     if config is not None:
         problems += model_problems(config, layout, recipe)
     if problems or deepspeed is None:

@@ -190,10 +190,12 @@ class TrainingSection(Section):
 class OptimizerSection(Section):
     """The optimizer and its constants; the learning rate and its schedule stand under `training`."""
 
-    type: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    type: Literal["adamw", "sgd"] = "adamw"
+    """`adamw`: Loshchilov and Hutter, arXiv 1711.05101; `sgd`: stochastic gradient descent with momentum."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay; biases and normalisation weights are not decayed."""
+    """Weight decay, decoupled from the gradient but with `sgd`; biases and normalisation weights are not decayed."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Of `sgd`."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -268,6 +270,10 @@ class CheckpointSection(Section):
     """Save every so many steps; the last step is saved in any case."""
     save_total_limit: int | None = Field(default=2, ge=1)
     """Keep the newest so many; null keeps all."""
+    verify: Literal["size", "full"] = "full"
+    """What is compared before a checkpoint is trusted: the files' sizes, or their checksums too."""
+    max_failed_saves: int = Field(default=3, ge=0)
+    """So many saves in a row may fail (a full disk, say) before the run does; the last save of a run must not fail."""
 
 
 class LoggingSection(Section):
@@ -295,6 +301,9 @@ class FaultToleranceSection(Section):
 
     max_restarts: int = Field(default=3, ge=0)
     """Restarts from the last checkpoint before the run gives up."""
+    save_before_end_seconds: int = Field(default=300, ge=10, le=65_535)
+    """How long before its time is over a job must save and stop; a step and a save must fit in. It goes on in the
+    job's next start."""
 
 
 class Recipe(Section):

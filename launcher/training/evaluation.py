@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from launcher.data.loader import Collate, evaluation_batches
 from launcher.models.parallel import whole_logits
+from launcher.models.sequence import whole_sequences
 from launcher.planning.layout import Coordinates
 from launcher.planning.plan import Plan
 from launcher.tasks import Sample
@@ -83,8 +85,10 @@ def generate(
     engine.eval()
     texts = {}
     # The same seed on every rank: all must sample the same tokens, or one would stop earlier and hang the rest.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), whole_logits(engine):
+    with ExitStack() as stack, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(plan.recipe.seed + step)
+        stack.enter_context(whole_logits(engine))
+        stack.enter_context(whole_sequences(engine))
         for prompt in settings.prompts:
             inputs = tokenizer(prompt, return_tensors="pt").to(device)
             room = settings.max_new_tokens if limit is None else limit - inputs["input_ids"].shape[1]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from launcher.checkpoints.manifest import faults_of, read_manifest
 from launcher.errors import CheckpointError, StorageError
 from launcher.models.build import DTYPES, build_config
 from launcher.planning.plan import Plan
 from launcher.training.consolidation import consolidated_state_dict
-from launcher.training.manifest import read_manifest
 
 AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM}
 
@@ -33,6 +33,8 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
         StorageError: the folder cannot be written.
     """
     manifest = read_manifest(folder)
+    if wrong := faults_of(folder, contents=plan.recipe.checkpoint.verify == "full"):
+        raise CheckpointError(f"checkpoint {folder} is damaged: {'; '.join(wrong)}. Export another one with --step.")
     state = consolidated_state_dict(folder, manifest.zero_stage, manifest.layout)
     dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
     config = build_config(plan)

@@ -39,7 +39,10 @@ except StorageError as error:
 
 def start(recipe: Recipe, *limit: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT, recipe.model_dump_json(), *map(str, limit)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = dict(os.environ)
+    if limit:
+        environment.pop("COVERAGE_PROCESS_CONFIG", None)  # it could not write its own file either, and would say so
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[str, str]:

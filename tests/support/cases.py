@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from launcher.data.store import PreparedData
 from launcher.models.parallel import whole_logits
@@ -38,6 +39,7 @@ def forget_groups() -> None:
     from deepspeed.utils import groups
 
     groups._release_process_group_references()
+    ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
     set_autotp_mode(training=False)
 
 

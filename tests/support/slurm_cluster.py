@@ -24,7 +24,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 START_TIMEOUT_S = 30
 
 CONFIGURATION = """
-ClusterName=zerofleet{suffix}
+ClusterName=zerofleet
 SlurmctldHost={hostname}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser={user}
@@ -47,8 +47,8 @@ ProctrackType=proctrack/{proctrack}
 TaskPlugin=task/{task}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
-# Without it a job takes all the memory of its node, so that nothing else fits there.
-DefMemPerCPU=500
+# Without it a job takes all the memory of its node, so that nothing else fits there. Real limits where cgroups work.
+DefMemPerCPU=3000
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
@@ -67,7 +67,7 @@ FirstJobId={first_job_id}
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 NodeName=n[1-{nodes}] NodeHostname={hostname} NodeAddr=127.0.0.1 Port=[{node_port}-{last_node_port}] CPUs=4 \
-RealMemory=8000 State=UNKNOWN
+RealMemory=24000 State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL Default=NO MaxTime=INFINITE State=UP PriorityTier=10
 PartitionName=closed Nodes=n1 Default=NO AllowAccounts=nobody State=UP
@@ -126,6 +126,7 @@ class SlurmCluster:
                     path.rmdir()
 
     def _configure(self) -> None:
+        shutil.rmtree(self.folder / "ctld", ignore_errors=True)  # of an earlier cluster in this folder
         for name in ("ctld", "log", *(f"spool/n{index}" for index in range(1, self.nodes + 1))):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         key = self.folder / "munge.key"
@@ -134,7 +135,6 @@ class SlurmCluster:
         cgroups = os.access(_CGROUPS / "freezer", os.W_OK) and os.access(_CGROUPS / "memory", os.W_OK)
         ports = free_ports(self.nodes + 1)
         text = CONFIGURATION.format(
-            suffix=ports[0],
             hostname=socket.gethostname().split(".")[0],
             user=pwd.getpwuid(os.getuid()).pw_name,
             folder=self.folder,
@@ -148,7 +148,9 @@ class SlurmCluster:
         )
         (self.folder / "slurm.conf").write_text(text)
         # Said even where cgroups are not used: slurmd looks for their version itself otherwise, and ends if it finds none.
-        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nConstrainRAMSpace=yes\nConstrainSwapSpace=no\n")
+        (self.folder / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\nConstrainRAMSpace=yes\nConstrainSwapSpace=no\n"
+        )
 
     def _munge_options(self) -> list[str]:
         names = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log"}
@@ -196,7 +198,8 @@ class SlurmCluster:
     def _await_nodes(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while self.command("sinfo", "-h", "-p", "debug", "-t", "idle", "-o", "%D") != str(self.nodes):
-            if time.monotonic() > deadline:
+            ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
+            if ended or time.monotonic() > deadline:
                 logs = "\n".join(path.read_text()[-1000:] for path in (self.folder / "log").iterdir())
                 raise RuntimeError(f"Slurm did not come up:\n{self.command('sinfo')}\n{logs}")
             time.sleep(0.05)

@@ -17,6 +17,7 @@ from launcher.recipe.schema import Recipe
 from launcher.run_directory import RunDirectory
 from launcher.submit import write_run
 from tests.support.equality import Equality
+from tests.support.forked import ForkServer
 from tests.support.ranks import Ranks
 
 VOCAB = 320
@@ -57,6 +58,13 @@ def ranks_of(request: pytest.FixtureRequest) -> Callable[[int], Ranks]:
 @pytest.fixture(scope="session")
 def equality(tmp_path_factory: pytest.TempPathFactory, base_recipe: Path, prepared: PreparedData) -> Equality:
     return Equality(tmp_path_factory.mktemp("equality"), base_recipe, prepared.tokenizer_directory)
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    server = ForkServer(tmp_path_factory.mktemp("forked"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

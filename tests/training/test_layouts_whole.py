@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from launcher.run_directory import read_json_lines
-from launcher.training import manifest as manifests
+from launcher.checkpoints import folders
 from launcher.training.export import export_checkpoint
 from launcher.data.store import PreparedData
 from launcher.planning.plan import Plan
@@ -23,6 +23,8 @@ LAYOUTS = {
     "tensor ZeRO 0": ("tensor_parallel_size=2", "zero.stage=0"),
     "tensor ZeRO 1": ("tensor_parallel_size=2", "zero.stage=1"),
     "tensor ZeRO 3": ("tensor_parallel_size=2", "zero.stage=3"),
+    "sequence ZeRO 2": ("sequence_parallel_size=2", "zero.stage=2"),
+    "sequence ZeRO 3": ("sequence_parallel_size=2", "zero.stage=3"),
 }
 
 
@@ -51,7 +53,7 @@ def test_a_spread_model_is_evaluated_resumed_and_exported(
     assert list(losses.values()) == pytest.approx(plain.losses, abs=2e-6, rel=0)
     assert list(losses) == list(range(1, STEPS + 1))
 
-    folder = manifests.complete(directory.checkpoints)[-1]
+    folder = folders.complete(directory.checkpoints)[-1]
     export_checkpoint(folder, plan, equality.tokenizer, tmp_path / "export")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     with torch.no_grad():

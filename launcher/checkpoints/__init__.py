@@ -1,0 +1,1 @@
+"""Checkpoints as folders and files: manifests, the commit protocol, verification, retention. No torch here."""
