@@ -23,6 +23,7 @@ from launcher.orchestration.failure import FailureKind, FailurePolicy
 from launcher.orchestration.observers import JobObserver, Observer
 from launcher.orchestration.supervisor import RunState, Supervisor
 from launcher.planning.plan import Plan
+from launcher.recipe.loading import differences
 from launcher.run_directory import RunDirectory, append_json_line, write_atomically
 
 CONNECT_TIMEOUT_S = 60.0
@@ -48,9 +49,17 @@ def read_plan(run_directory: RunDirectory) -> Plan:
 
 
 def completed_summary(run_directory: RunDirectory, plan: Plan) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do under this plan, or None."""
+    """The summary of a run that has nothing left to do under this plan, or None.
+
+    A plan whose model or data are not those of the newest checkpoint has everything left to do, and will be refused.
+    """
     if not run_directory.summary.exists():
         return None
+    saved = manifests.complete(run_directory.checkpoints)
+    if saved:
+        earlier = manifests.read_manifest(saved[-1]).recipe
+        if differences(earlier, plan.recipe, manifests.FIXED_SECTIONS):
+            return None
     summary: dict[str, Any] = json.loads(run_directory.summary.read_text())
     training = plan.recipe.training
     wanted = {"max_steps": training.max_steps, "num_train_epochs": training.num_train_epochs}

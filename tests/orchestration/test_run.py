@@ -138,6 +138,11 @@ def test_another_model_in_the_same_run_directory_is_refused(zerofleet: Zerofleet
     assert code == 2
     assert "model.config.hidden_size: 32 in the checkpoint, 64 in the recipe" in err
     assert "Traceback" not in err
+    code, _, err = zerofleet.run(
+        *("run", str(zerofleet.recipe), "--run-dir", str(directory.path)), "max_steps=1", "data.sequence_length=16"
+    )
+    assert code == 2, "a complete run is no answer to another recipe"
+    assert "data.sequence_length: 32 in the checkpoint, 16 in the recipe" in err
     summary = zerofleet.train(directory.path, "max_steps=2")
     assert summary["step"] == 2, "the run directory stays usable"
 
