@@ -16,8 +16,12 @@ from launcher.run_directory import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 INCOMPLETE_SUFFIX = ".incomplete"
-FIXED_SECTIONS = ("task", "seed", "model", "tokenizer", "data")
-"""Recipe sections that a resumed run must share with its checkpoint; the others (schedule, batch, ...) may change."""
+FIXED_SECTIONS = (
+    *("task", "seed", "model", "tokenizer"),
+    *("data.sources", "data.validation_sources", "data.validation_fraction"),
+    *("data.sequence_length", "data.packing", "data.cross_document_attention"),
+)
+"""What a resumed run must share with its checkpoint; the others (schedule, batch, where data is kept) may change."""
 
 
 class Manifest(BaseModel):
