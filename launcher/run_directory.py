@@ -45,6 +45,11 @@ class RunDirectory:
         return self.path / "deepspeed.json"
 
     @property
+    def lock(self) -> Path:
+        """Who drives the run now (JSON); empty or absent when nobody does."""
+        return self.path / "run.lock"
+
+    @property
     def data(self) -> Path:
         """Where the prepared data is (JSON: directory, fingerprint)."""
         return self.path / "data.json"

@@ -16,6 +16,7 @@ from cluster.types import JobRecord, JobRequest, JobState
 from launcher.errors import ExpectedError
 from launcher.orchestration.driver import completed_summary, drive, read_plan
 from launcher.orchestration.observers import Observer
+from launcher.orchestration.run_lock import holding
 from launcher.planning.layout import Resources
 from launcher.planning.plan import Plan
 from launcher.provenance import record_provenance
@@ -69,11 +70,12 @@ def run_foreground(plan: Plan, profile: Profile, run_directory: RunDirectory, ob
     summary = completed_summary(run_directory, plan)
     if summary is not None:
         return {**summary, "already_complete": True}
-    write_run(run_directory, plan)
-    record_provenance(run_directory.provenance, profile)
-    os.environ.update(profile.environment)
-    with _ray(profile, plan) as check_alive:
-        return drive(run_directory, observer, check_alive)
+    with holding(run_directory):
+        write_run(run_directory, plan)
+        record_provenance(run_directory.provenance, profile)
+        os.environ.update(profile.environment)
+        with _ray(profile, plan) as check_alive:
+            return drive(run_directory, observer, check_alive)
 
 
 @contextmanager
@@ -148,8 +150,9 @@ def submit_job(plan: Plan, profile: Profile, run_directory: RunDirectory, *, swe
     if completed_summary(run_directory, plan) is not None:
         raise ExpectedError(f"{run_directory.path} is complete already: nothing to submit; start anew with --run-dir")
     _refuse_second_job(run_directory)
-    write_run(run_directory, plan)
-    record_provenance(run_directory.provenance, profile)
+    with holding(run_directory):
+        write_run(run_directory, plan)
+        record_provenance(run_directory.provenance, profile)
     request = make_request(plan, profile, run_directory)
     submitted = time.time()
     submission = backend_for(profile.backend).submit(request)

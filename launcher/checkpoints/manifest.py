@@ -1,34 +1,31 @@
-"""What a complete checkpoint says of itself. No torch here: the driver reads it before it starts a worker."""
+"""What a checkpoint says of itself, and what one rank says of its part."""
 
-import os
-import shutil
+import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from xxhash import xxh3_128_hexdigest
 
+from launcher.checkpoints.files import FileRecord, damages, write_durably
 from launcher.errors import CheckpointError
 from launcher.planning.layout import Layout
-from launcher.planning.plan import Plan
-from launcher.recipe.loading import differences
 from launcher.recipe.schema import Recipe
-from launcher.run_directory import write_atomically
 
 MANIFEST_NAME = "manifest.json"
-INCOMPLETE_SUFFIX = ".incomplete"
-FIXED_SECTIONS = (
-    *("task", "seed", "model", "tokenizer"),
-    *("data.sources", "data.validation_sources", "data.validation_fraction"),
-    *("data.sequence_length", "data.packing", "data.cross_document_attention"),
-)
-"""What a resumed run must share with its checkpoint; the others (schedule, batch, where data is kept) may change."""
+VERSION: Literal[2] = 2
+_FIRST_LINE = re.compile(rb'\{"manifest_xxh3_128": "([0-9a-f]{32})",\n')
 
 
 class Manifest(BaseModel):
     """Written last into a checkpoint's folder: a folder without it is not a checkpoint.
 
+    The file's first line holds the checksum of the rest of it, so that no byte of a checkpoint is unguarded.
+
     Attributes:
         version: of this form.
+        kind: `deepspeed`, in the engine's own layout; `universal`, converted so that any layout loads it.
         step: optimizer steps completed.
         consumed_samples: samples of the global order already trained on.
         layout: sizes of the parallel groups that saved it.
@@ -36,14 +33,21 @@ class Manifest(BaseModel):
         precision: of the engine that saved it.
         data_fingerprint: of the prepared data.
         recipe: the run's recipe at that time.
+        recipe_hash: of it.
         best_eval_loss: lowest validation loss so far.
         evaluations_without_improvement: for early stopping.
-        files: size in bytes of each file, by path relative to the folder.
+        eval_loss: validation loss measured at this very step, if one was.
+        rng: how each step's random generators are seeded; no generator's state has to be kept.
+        versions: of the libraries that wrote it, by name.
+        saved_at: Unix time.
+        reason: why it was saved: `interval`, `end`, `stop`, `request`, `convert`.
+        files: every file of the folder but this one, by path relative to it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = 1
+    version: Literal[2] = VERSION
+    kind: Literal["deepspeed", "universal"] = "deepspeed"
     step: int
     consumed_samples: int
     layout: Layout
@@ -51,107 +55,115 @@ class Manifest(BaseModel):
     precision: str
     data_fingerprint: str
     recipe: Recipe
+    recipe_hash: str
     best_eval_loss: float | None
     evaluations_without_improvement: int
-    files: dict[str, int]
+    eval_loss: float | None = None
+    rng: dict[str, Any]
+    versions: dict[str, str]
+    saved_at: float
+    reason: str
+    files: dict[str, FileRecord]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(record.size for record in self.files.values())
 
 
-def folder_name(step: int) -> str:
-    """Name of the folder of one step's checkpoint."""
-    return f"step_{step:08d}"
-
-
-def complete(checkpoints: Path) -> list[Path]:
-    """Folders of complete checkpoints, oldest first."""
-    if not checkpoints.is_dir():
-        return []
-    folders = [path for path in checkpoints.glob("step_*") if not path.name.endswith(INCOMPLETE_SUFFIX)]
-    return sorted(path for path in folders if (path / MANIFEST_NAME).is_file())
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a manifest into its folder, durably."""
+    body = manifest.model_dump_json(indent=1).removeprefix("{\n").encode()
+    first = f'{{"manifest_xxh3_128": "{xxh3_128_hexdigest(body)}",\n'.encode()
+    write_durably(folder / MANIFEST_NAME, first + body, "manifest")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest and compare the sizes of its files.
+    """Read a checkpoint's manifest; the files that it names are not looked at.
 
     Raises:
-        CheckpointError: the manifest is unreadable or newer than this code, or a file is missing or cut off.
+        CheckpointError: it is missing, damaged or of another version.
     """
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {MANIFEST_NAME} cannot be read: {error}") from error
-    wrong = []
-    for name, size in manifest.files.items():
-        path = folder / name
-        present = path.stat().st_size if path.is_file() else None
-        if present != size:
-            wrong.append(f"{name} has {'no file' if present is None else f'{present} bytes'} instead of {size} bytes")
-    if wrong:
+        content = (folder / MANIFEST_NAME).read_bytes()
+    except OSError as error:
         raise CheckpointError(
-            f"checkpoint {folder} is damaged: {'; '.join(wrong)}. "
-            "Move the folder away to resume from the one before it."
+            f"checkpoint {folder}: {MANIFEST_NAME} cannot be read: {error.strerror or error}"
+        ) from error
+    first = _FIRST_LINE.match(content)
+    if first is None or xxh3_128_hexdigest(content[first.end() :]) != first[1].decode():
+        _refuse_other_version(folder, content)
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST_NAME} is damaged: it does not have its own checksum")
+    _refuse_other_version(folder, content)
+    fields = json.loads(content)
+    del fields["manifest_xxh3_128"]
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as error:
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST_NAME} is not of the stated form: {error}") from error
+
+
+class VersionError(CheckpointError):
+    """Another version of ZeroFleet wrote the checkpoint: nothing is wrong with it, but this one cannot read it."""
+
+
+def _refuse_other_version(folder: Path, content: bytes) -> None:
+    try:
+        version = json.loads(content)["version"]
+    except (ValueError, KeyError, TypeError):
+        return
+    if isinstance(version, int) and version != VERSION:
+        newer = version > VERSION
+        raise VersionError(
+            f"checkpoint {folder}: its manifest has version {version}, and this ZeroFleet reads version {VERSION}: "
+            f"{'a newer' if newer else 'an older'} ZeroFleet wrote it; resume with that one, or start a new run with "
+            "--run-dir"
         )
-    return manifest
 
 
-def commit(incomplete: Path, manifest: Manifest) -> Path:
-    """Make a fully written folder visible: manifest last, then the rename.
+def faults_of(folder: Path, *, contents: bool, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """Verify a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        contents: compare checksums too, not only sizes.
+        share: (index, count): look at this part of the files only; a rank's part holds the files that it wrote itself.
 
     Returns:
-        The folder under its final name.
-    """
-    files = {
-        str(path.relative_to(incomplete)): path.stat().st_size
-        for path in sorted(incomplete.rglob("*"))
-        if path.is_file()
-    }
-    write_atomically(incomplete / MANIFEST_NAME, manifest.model_copy(update={"files": files}).model_dump_json(indent=1))
-    final = incomplete.with_name(incomplete.name.removesuffix(INCOMPLETE_SUFFIX))
-    if final.exists():  # the same step again, after going back to an older checkpoint
-        shutil.rmtree(final)
-    incomplete.rename(final)
-    sync_folder(final.parent)
-    return final
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_incomplete(checkpoints: Path) -> list[str]:
-    """Delete what interrupted saves left; called by the driver while no worker runs."""
-    leftovers = [path for path in checkpoints.glob(f"step_*{INCOMPLETE_SUFFIX}") if path.is_dir()]
-    for path in leftovers:
-        shutil.rmtree(path)
-    return [path.name for path in leftovers]
-
-
-def check_resumable(manifest: Manifest, plan: Plan, data_fingerprint: str, folder: Path) -> None:
-    """Refuse a checkpoint that this plan cannot continue.
+        What is wrong, a line a file; empty for a checkpoint that can be trusted.
 
     Raises:
-        CheckpointError: says every difference, and what to do.
+        VersionError: another version wrote it, which is no damage.
     """
-    changed = differences(manifest.recipe, plan.recipe, FIXED_SECTIONS)
-    if not changed and manifest.data_fingerprint != data_fingerprint:
-        changed = ["data: the files' contents are not those of the checkpoint"]
-    if changed:
-        raise CheckpointError(
-            f"the run in {folder.parent.parent} was trained with another recipe:\n  "
-            + "\n  ".join(changed)
-            + "\nStart a new run with --run-dir, or give the recipe the checkpoint's values."
-        )
-    shape: dict[str, tuple[Any, Any]] = {"zero.stage": (manifest.zero_stage, plan.zero_stage)}
-    shape |= {name: (size, getattr(plan.layout, name)) for name, size in manifest.layout.model_dump().items()}
-    shape["training.precision"] = (manifest.precision, plan.recipe.training.precision)
-    different = [f"{name}: {then} in the checkpoint, {now} now" for name, (then, now) in shape.items() if then != now]
-    if different:
-        raise CheckpointError(
-            f"checkpoint {folder} was saved in another layout, which this version cannot convert:\n  "
-            + "\n  ".join(different)
-            + "\nRun with the checkpoint's values, or start a new run with --run-dir."
-        )
+    try:
+        manifest = read_manifest(folder)
+    except VersionError:
+        raise
+    except CheckpointError as error:
+        return [str(error).removeprefix(f"checkpoint {folder}: ")]
+    index, count = share
+    names = [name for name, record in manifest.files.items() if record.rank % count == index]
+    wrong = damages(folder, manifest.files, contents=contents, names=names)
+    if index == 0:
+        present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+        strangers = sorted(present - set(manifest.files) - {MANIFEST_NAME})
+        wrong += [f"{name}: the manifest does not know this file" for name in strangers]
+    return wrong
+
+
+class RankManifest(BaseModel):
+    """What one rank wrote into a checkpoint that is not committed yet.
+
+    Attributes:
+        rank: that wrote it.
+        token: of the save, so that what an earlier attempt left is not taken for this one's.
+        files: record by path relative to the checkpoint's folder.
+        error: why this rank's part could not be written; `None` when it was.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int
+    token: str
+    files: dict[str, FileRecord]
+    error: str | None = None

@@ -73,13 +73,13 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder that `from_pretrained` loads."""
-    from launcher.checkpoints import manifest as manifests
+    from launcher.checkpoints import folders as checkpoint_folders
     from launcher.errors import CheckpointError, ExpectedError
     from launcher.orchestration.driver import read_plan
 
     directory = RunDirectory.at(run_dir)
     plan = read_plan(directory)
-    folders = {int(path.name.removeprefix("step_")): path for path in manifests.complete(directory.checkpoints)}
+    folders = {checkpoint_folders.step_of(path): path for path in checkpoint_folders.complete(directory.checkpoints)}
     if not folders:
         raise CheckpointError(f"{directory.checkpoints} holds no complete checkpoint")
     chosen = max(folders) if step is None else step

@@ -17,13 +17,15 @@ from types import FrameType
 from typing import Any
 
 from cluster.types import STOP_FILE_VARIABLE
-from launcher.checkpoints import manifest as manifests
+from launcher.checkpoints import folders
+from launcher.checkpoints.manifest import faults_of, read_manifest
+from launcher.checkpoints.resumable import check_resumable, recipe_changes
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
 from launcher.orchestration.failure import FailureKind, FailurePolicy
-from launcher.orchestration.observers import JobObserver, Observer
+from launcher.orchestration.observers import JobObserver, Notices, Observer
+from launcher.orchestration.run_lock import holding
 from launcher.orchestration.supervisor import RunState, Supervisor
 from launcher.planning.plan import Plan
-from launcher.recipe.loading import differences
 from launcher.run_directory import RunDirectory, append_json_line, write_atomically
 
 CONNECT_TIMEOUT_S = 60.0
@@ -55,11 +57,9 @@ def completed_summary(run_directory: RunDirectory, plan: Plan) -> dict[str, Any]
     """
     if not run_directory.summary.exists():
         return None
-    saved = manifests.complete(run_directory.checkpoints)
-    if saved:
-        earlier = manifests.read_manifest(saved[-1]).recipe
-        if differences(earlier, plan.recipe, manifests.FIXED_SECTIONS):
-            return None
+    saved = folders.complete(run_directory.checkpoints)
+    if saved and recipe_changes(read_manifest(saved[-1]), plan):
+        return None
     summary: dict[str, Any] = json.loads(run_directory.summary.read_text())
     training = plan.recipe.training
     wanted = {"max_steps": training.max_steps, "num_train_epochs": training.num_train_epochs}
@@ -130,14 +130,17 @@ def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any
 
 
 def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str, observer: Observer) -> None:
-    """Before any worker starts: remove what interrupted saves left, refuse a checkpoint of another recipe."""
-    for name in manifests.remove_incomplete(run_directory.checkpoints):
-        observer.message(f"removed {name}, left by an interrupted save")
-    folders = manifests.complete(run_directory.checkpoints)
-    if folders:
-        manifest = manifests.read_manifest(folders[-1])
-        manifests.check_resumable(manifest, plan, fingerprint, folders[-1])
-        observer.message(f"resuming from {folders[-1].name}")
+    """Before any worker starts: tidy up after interrupted saves, refuse a checkpoint of another recipe.
+
+    Here only sizes are compared; the workers compare checksums, each of a part of the files.
+    """
+    for note in folders.tidy(run_directory.checkpoints):
+        observer.message(note)
+    for folder in reversed(folders.complete(run_directory.checkpoints)):
+        if not faults_of(folder, contents=False):
+            check_resumable(read_manifest(folder), plan, fingerprint, folder)
+            observer.message(f"resuming from {folder.name}")
+            return
 
 
 def connect(check_alive: Callable[[], None]) -> None:
@@ -229,10 +232,13 @@ def _supervise(
     try:
         with _interrupts(supervisor, observer):
             stop_file = os.environ.get(STOP_FILE_VARIABLE)
+            notices = Notices(observer)
             while not supervisor.step().is_final:
+                notices.show(supervisor.attempt, supervisor.status)
                 observer.progress(supervisor.status)
                 if stop_file is not None and Path(stop_file).exists():
                     supervisor.request_stop()
+            notices.show(supervisor.attempt, supervisor.status)
             observer.progress(supervisor.status)
     finally:
         group.stop()
@@ -298,7 +304,7 @@ def _summary(
         "tokens_per_second": metrics.get("tokens_per_second"),
         "seconds": round(time.time() - started, 2),
         "timeline": {name: round(moment - started, 2) for name, moment in timeline.items()},
-        "checkpoint": str(folders[-1]) if (folders := manifests.complete(run_directory.checkpoints)) else None,
+        "checkpoint": str(present[-1]) if (present := folders.complete(run_directory.checkpoints)) else None,
         "export": str(export) if export else None,
         "tensorboard": str(run_directory.tensorboard),
         "last_beats": [asdict(beat) for beat in supervisor.status.beats.values()],
@@ -313,11 +319,13 @@ def main() -> int:
     run_directory = RunDirectory.at(sys.argv[1])
     observer = JobObserver(run_directory)
     try:
-        summary = completed_summary(run_directory, read_plan(run_directory))
-        if summary is not None:
-            observer.message("the run is complete already: nothing to do")
-            return 0
-        summary = drive(run_directory, observer)
+        read_plan(run_directory)
+        with holding(run_directory):
+            summary = completed_summary(run_directory, read_plan(run_directory))
+            if summary is not None:
+                observer.message("the run is complete already: nothing to do")
+                return 0
+            summary = drive(run_directory, observer)
     except ExpectedError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -80,3 +80,19 @@ class JobObserver:
         if beat.metrics != self._line_metrics and time.monotonic() - self._line_at >= LINE_INTERVAL_S:
             self._line_at, self._line_metrics = time.monotonic(), beat.metrics
             self.message(progress_line(beat.step, beat.max_steps, beat.metrics, beat.phase.value, remaining))
+
+
+class Notices:
+    """Shows each notice of a worker once."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self._shown: dict[tuple[int, int], int] = {}
+
+    def show(self, attempt: int, status: GroupStatus) -> None:
+        """Show what is new in a look at an attempt's workers."""
+        for rank, beat in status.beats.items():
+            seen = self._shown.get((attempt, rank), 0)
+            for text in beat.notices[seen:]:
+                self.observer.message(text)
+            self._shown[attempt, rank] = len(beat.notices)

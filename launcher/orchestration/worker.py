@@ -115,9 +115,9 @@ class Worker:
         return self.heartbeat.read()
 
     def wait(self) -> dict[str, Any]:
-        """Return when training has ended, with the result or the error."""
+        """Return when training has ended, with the result or the error, and the last heartbeat."""
         self._ended.wait()
-        return self._outcome
+        return {**self._outcome, "beat": self.heartbeat.read()}
 
     def request_stop(self) -> None:
         """Save and end at the next step boundary."""

@@ -153,6 +153,7 @@ class WorkerGroup:
         except RayError as error:
             self._failures.append(self._died(rank, _why_dead(error)))
             return
+        self._beats[rank] = outcome["beat"]
         if "result" in outcome:
             self._results[rank] = outcome["result"]
         else:

@@ -268,6 +268,10 @@ class CheckpointSection(Section):
     """Save every so many steps; the last step is saved in any case."""
     save_total_limit: int | None = Field(default=2, ge=1)
     """Keep the newest so many; null keeps all."""
+    verify: Literal["size", "full"] = "full"
+    """What is compared before a checkpoint is trusted: the files' sizes, or their checksums too."""
+    max_failed_saves: int = Field(default=3, ge=0)
+    """So many saves in a row may fail (a full disk, say) before the run does; the last save of a run must not fail."""
 
 
 class LoggingSection(Section):

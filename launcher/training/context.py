@@ -39,6 +39,7 @@ class Beat:
         metrics: the newest logged metrics (rank 0 only).
         max_steps: optimizer steps of the whole run, 0 until known.
         timeline: Unix time at which each start-up phase was first entered.
+        notices: what a person should know, in the order in which it happened; a later look has all of an earlier one.
     """
 
     rank: int
@@ -48,6 +49,7 @@ class Beat:
     metrics: dict[str, Any]
     max_steps: int
     timeline: dict[str, float]
+    notices: tuple[str, ...] = ()
 
 
 class Heartbeat:
@@ -61,6 +63,7 @@ class Heartbeat:
         self._since = time.time()
         self.metrics: dict[str, Any] = {}
         self.timeline: dict[str, float] = {Phase.STARTING.value: self._since}
+        self._notices: tuple[str, ...] = ()
 
     def enter(self, phase: Phase) -> None:
         """Say that a phase begins."""
@@ -72,10 +75,21 @@ class Heartbeat:
         """Note the first time at which something happened."""
         self.timeline.setdefault(name, time.time())
 
+    def notify(self, text: str) -> None:
+        """Say what a person should know; the driver shows it."""
+        self._notices = (*self._notices, text)
+
     def read(self) -> Beat:
         """Return a snapshot; its fields may be from two neighbouring moments, which a reader can live with."""
         return Beat(
-            self.rank, self.step, self._phase, self._since, dict(self.metrics), self.max_steps, dict(self.timeline)
+            rank=self.rank,
+            step=self.step,
+            phase=self._phase,
+            since=self._since,
+            metrics=dict(self.metrics),
+            max_steps=self.max_steps,
+            timeline=dict(self.timeline),
+            notices=self._notices,
         )
 
 

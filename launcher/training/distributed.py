@@ -1,12 +1,15 @@
 """Joining the process group, and the few collectives that the loop makes itself."""
 
 import datetime
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from launcher.training import upstream
+
+Value = TypeVar("Value")
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """torch's own default. A dead peer is noticed at once (its connection closes); only a hung one takes this long."""
@@ -58,3 +61,17 @@ def max_over_ranks(value: float, device: torch.device) -> float:
     tensor = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor.item())
+
+
+def broadcast(make: Callable[[], Value]) -> Value:
+    """What rank 0 makes, on every rank; it must not raise, or the others would wait."""
+    box = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def all_gather(value: Value) -> list[Value]:
+    """Every rank's value, by rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from launcher.checkpoints.manifest import read_manifest
+from launcher.checkpoints.manifest import faults_of, read_manifest
 from launcher.errors import CheckpointError, StorageError
 from launcher.models.build import DTYPES, build_config
 from launcher.planning.plan import Plan
@@ -49,6 +49,8 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
         StorageError: the folder cannot be written.
     """
     manifest = read_manifest(folder)
+    if wrong := faults_of(folder, contents=plan.recipe.checkpoint.verify == "full"):
+        raise CheckpointError(f"checkpoint {folder} is damaged: {'; '.join(wrong)}. Export another one with --step.")
     state = consolidated_state_dict(folder, manifest.zero_stage)
     dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
     config = build_config(plan)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from launcher.checkpoints import manifest as manifests
+from launcher.checkpoints import folders
 from launcher.data.loader import BatchLoader, StepBatch
 from launcher.data.sampler import GlobalOrder
 from launcher.data.store import PreparedData
@@ -118,7 +118,9 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
     torch.manual_seed(plan.recipe.seed)
     engine = build_engine(plan, task.build_model(), max_steps)
     heartbeat.enter(Phase.LOAD)
-    checkpoints = CheckpointManager(context.run_directory.checkpoints, plan, prepared.fingerprint)
+    checkpoints = CheckpointManager(
+        context.run_directory.checkpoints, plan, prepared.fingerprint, notify=heartbeat.notify
+    )
     progress = checkpoints.load(engine)
     heartbeat.step, heartbeat.max_steps = progress.step, max_steps
     monitor = Monitor(plan, context.run_directory, progress.step, device) if context.rank == 0 else None
@@ -192,10 +194,19 @@ def _after_step(session: Session, step_batch: StepBatch, report: StepReport, thr
     due = recipe.evaluation.eval_steps is not None and progress.step % recipe.evaluation.eval_steps == 0
     if due or progress.step >= session.max_steps:
         _evaluate(session)
-    save_steps = recipe.checkpoint.save_steps
-    if (save_steps is not None and progress.step % save_steps == 0) or _finished(session) or report.stop:
+    reason = _reason_to_save(session, report)
+    if reason is not None:
         session.context.heartbeat.enter(Phase.SAVE)
-        session.checkpoints.save(session.engine, progress)
+        session.checkpoints.save(session.engine, progress, reason)
+
+
+def _reason_to_save(session: Session, report: StepReport) -> str | None:
+    save_steps = session.plan.recipe.checkpoint.save_steps
+    if _finished(session):
+        return "end"
+    if report.stop:
+        return "stop"
+    return "interval" if save_steps is not None and session.progress.step % save_steps == 0 else None
 
 
 def _finished(session: Session) -> bool:
@@ -228,6 +239,7 @@ def _evaluate(session: Session) -> Evaluation | None:
     settings, progress = session.plan.recipe.evaluation, session.progress
     result = evaluate(session.engine, session.task, datasets, session.plan, session.context.rank, session.device)
     best = progress.best_eval_loss
+    progress.eval_loss, progress.eval_step = result.loss, progress.step
     if best is None or result.loss < best - settings.early_stopping_threshold:
         progress.best_eval_loss, progress.evaluations_without_improvement = result.loss, 0
     else:
@@ -253,7 +265,7 @@ def _finish(session: Session, *, stopped: bool) -> TrainResult:
     plan, progress, run_directory = session.plan, session.progress, session.context.run_directory
     if session.context.rank == 0 and not stopped and plan.recipe.export.at_end:
         session.context.heartbeat.enter(Phase.EXPORT)
-        newest = manifests.complete(run_directory.checkpoints)[-1]
+        newest = folders.complete(run_directory.checkpoints)[-1]
         export_checkpoint(newest, plan, session.prepared.tokenizer_directory, run_directory.export)
     metrics: dict[str, Any] = {}
     if session.monitor is not None:

@@ -3,6 +3,8 @@
 import datetime
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,3 +68,38 @@ def step_and_norm(engine: Any, zero_stage: int, precision: str) -> float | None:
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """Copy a batch to the device, asynchronously where the host memory is pinned."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def leave_out_recovery_scripts(engine: Any) -> None:
+    """Keep two scripts out of the checkpoints folder that `runtime/engine.py: _copy_recovery_script` puts there.
+
+    `zerofleet export` does what they are for, and nobody verifies them.
+    """
+    engine._copy_recovery_script = lambda save_path: None
+
+
+@contextmanager
+def loading_only_data() -> Iterator[None]:
+    """Let `torch.load` make the few classes that DeepSpeed puts into its checkpoints, and run no other code.
+
+    DeepSpeed reads its files with `weights_only=False`, which runs whatever a file says
+    (`runtime/checkpoint_engine/torch_checkpoint_engine.py: load`, `checkpoint/universal_checkpoint.py`).
+    """
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals(_checkpoint_classes()):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+def _checkpoint_classes() -> list[Any]:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]

@@ -10,7 +10,8 @@ import numpy as np
 import psutil
 import pytest
 
-from launcher.checkpoints import manifest as manifests
+from launcher.checkpoints import folders
+from launcher.checkpoints.manifest import read_manifest
 from launcher.run_directory import RunDirectory, read_json_lines
 from tests.orchestration.conftest import Zerofleet, records, wait_for, wait_for_step, worker_pids
 
@@ -51,8 +52,8 @@ def test_ctrl_c_saves_and_the_same_command_continues(
     assert process.returncode == 130, err
     assert "stopped and saved at step" in out
     assert "Traceback" not in err
-    newest = manifests.complete(directory.checkpoints)[-1]
-    step = manifests.read_manifest(newest).step
+    newest = folders.complete(directory.checkpoints)[-1]
+    step = read_manifest(newest).step
     assert 6 <= step < 20
     assert not directory.summary.exists()
     summary = zerofleet.train(directory.path)
@@ -179,7 +180,7 @@ def test_a_full_disk_while_saving(zerofleet: Zerofleet, small_disk: Path, uninte
     assert "checkpoint at step 5 cannot be written" in err
     assert "MiB free there" in err
     assert "Traceback" not in err
-    assert manifests.complete(directory.checkpoints) == []
+    assert folders.complete(directory.checkpoints) == []
     ballast.unlink()
     zerofleet.train(directory.path, "save_total_limit=1")
     losses, _ = records(directory)

@@ -16,6 +16,7 @@ from launcher.recipe.loading import load_recipe
 from launcher.recipe.schema import Recipe
 from launcher.run_directory import RunDirectory
 from launcher.submit import write_run
+from tests.support.forked import ForkServer
 from tests.support.ranks import Ranks
 
 VOCAB = 320
@@ -33,6 +34,13 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks = Ranks(1, tmp_path_factory.mktemp("rank"))
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    server = ForkServer(tmp_path_factory.mktemp("forked"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from launcher.checkpoints import manifest as manifests
+from launcher.checkpoints import folders
 from launcher.data.store import PreparedData
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory, read_json_lines
@@ -61,7 +61,7 @@ def engine_case(two_ranks: Ranks, make_run: MakeRun, prepared: PreparedData) -> 
         expected = two_ranks.call(
             "cases:logits", run_directory=str(directory.path), data=str(prepared.directory), input_ids=ids
         )[0]
-        folder = manifests.complete(directory.checkpoints)[-1]
+        folder = folders.complete(directory.checkpoints)[-1]
         export_checkpoint(folder, plan, prepared.tokenizer_directory, directory.export)
         model = AutoModelForCausalLM.from_pretrained(directory.export)
         with torch.no_grad():

@@ -1,0 +1,36 @@
+"""Places at which a test ends this process, or lists that it came by.
+
+Nothing here does anything unless a test has put its switch into the environment; no recipe, profile or option can.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+SWITCH = "ZEROFLEET_TEST_FAULT"
+"""Name of the variable: JSON, either `{"record": FOLDER}` or `{"rank": 0, "point": "commit.renamed", "visit": 1}`."""
+
+_visits: dict[str, int] = {}
+
+
+def reach(point: str) -> None:
+    """Say that this process is at a boundary of a write: what stands before it is done, what follows is not begun.
+
+    Args:
+        point: name of the boundary, the same in every save.
+    """
+    setting = os.environ.get(SWITCH)
+    if setting is not None:
+        _act(json.loads(setting), point)
+
+
+def _act(setting: dict[str, object], point: str) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if "record" in setting:
+        with (Path(str(setting["record"])) / f"rank_{rank}").open("a") as record:
+            record.write(point + "\n")
+        return
+    _visits[point] = _visits.get(point, 0) + 1
+    if (rank, point, _visits[point]) == (setting["rank"], setting["point"], setting["visit"]):
+        os.kill(os.getpid(), signal.SIGKILL)

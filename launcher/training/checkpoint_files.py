@@ -1,0 +1,105 @@
+"""Where DeepSpeed hands over what it saves and asks for what it loads: every byte passes through here."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import IO, Any, cast
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+
+from launcher.checkpoints.files import FileRecord, HashedFile
+from launcher.errors import CheckpointError
+from launcher.training.upstream import loading_only_data
+
+
+class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
+    """DeepSpeed's checkpoint engine, whose `save` it calls once a file and whose `load` once a file it needs.
+
+    An error of the disk is kept in `errors` instead of raised: DeepSpeed ends a save with a barrier, at which the other
+    ranks would wait for ever.
+
+    Args:
+        rank: of this process.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.folder = Path()
+        self.records: dict[str, FileRecord] = {}
+        self.errors: list[str] = []
+
+    def begin(self, folder: Path) -> None:
+        """Start a save into a folder that exists."""
+        self.folder, self.records, self.errors = folder, {}, []
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """Do nothing: `begin` came before."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Do nothing: rank 0 has made the folder, and DeepSpeed asks for no other."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file, hashed and on the disk when this returns."""
+        target = Path(path)
+        try:
+            self.records[str(target.relative_to(self.folder))] = write_state(state_dict, target, self.rank)
+        except OSError as error:
+            self.errors.append(f"{target.name}: {error.strerror or error}")
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file that `save` wrote."""
+        return read_state(Path(path), map_location=map_location)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """Do nothing: the checkpoint manager commits once every rank is done."""
+        return True
+
+
+def write_state(state: Any, path: Path, rank: int) -> FileRecord:
+    """Write a state with `torch.save`, hashed while it is written, and wait for the disk.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    file = HashedFile(path, rank)
+    with file:
+        try:
+            with _without_crc32():
+                torch.save(state, cast(IO[bytes], file))
+        except RuntimeError as error:
+            raise file.error or error from error
+    return file.record
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Leave out torch's own checksum, which holds Python's lock, costs half of the time and is never looked at."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def read_state(path: Path, map_location: Any = "cpu", *, mapped: bool = False) -> Any:
+    """Read what `write_state` wrote; a file that would run code when loaded is refused.
+
+    Args:
+        path: of the file.
+        map_location: as in `torch.load`.
+        mapped: map the file into memory, so that only what is used is read; nobody may keep the tensors.
+
+    Raises:
+        CheckpointError: the file is no state of ours, or holds code.
+    """
+    try:
+        with loading_only_data():
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
+    except UnpicklingError as error:
+        raise CheckpointError(f"{path} is refused: it is no checkpoint of ours, or would run code: {error}") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
