@@ -1,4 +1,4 @@
-"""A process that imported everything once and forks a rank for each case, for tests that kill ranks."""
+"""A process that imported everything once and forks a rank for each case, for tests that kill ranks.
 
 For cases that end their ranks (a SIGKILL in the middle of a write) or need many sizes.
 
