@@ -14,17 +14,22 @@ FREE_FIELDS = ("data.cache_directory", "data.preprocessing_num_workers", "data.o
 """Fields in them that change nothing of what is learned."""
 
 
+def recipe_changes(manifest: Manifest, plan: Plan) -> list[str]:
+    """What the checkpoint learned from or with that the plan would change, a line each; empty when it can continue."""
+    return [
+        line
+        for line in differences(manifest.recipe, plan.recipe, FIXED_SECTIONS)
+        if not line.startswith(tuple(f"{field}:" for field in FREE_FIELDS))
+    ]
+
+
 def check_resumable(manifest: Manifest, plan: Plan, data_fingerprint: str, folder: Path) -> None:
     """Refuse a checkpoint that this plan cannot continue.
 
     Raises:
         CheckpointError: says every difference, and what to do.
     """
-    changed = [
-        line
-        for line in differences(manifest.recipe, plan.recipe, FIXED_SECTIONS)
-        if not line.startswith(tuple(f"{field}:" for field in FREE_FIELDS))
-    ]
+    changed = recipe_changes(manifest, plan)
     if not changed and manifest.data_fingerprint != data_fingerprint:
         changed = ["data: the files' contents are not those of the checkpoint"]
     if changed:

@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from launcher.run_directory import read_json_lines
 from launcher.checkpoints import folders
-from launcher.training.export import export_checkpoint
 from launcher.data.store import PreparedData
 from launcher.planning.plan import Plan
-from launcher.run_directory import RunDirectory
+from launcher.run_directory import RunDirectory, read_json_lines
+from launcher.training.export import export_checkpoint
 from tests.support.equality import STEPS, Equality, RanksOf
 
 MakeRun = Callable[..., tuple[RunDirectory, Plan]]
