@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from launcher.data.store import PreparedData
 from launcher.models.parallel import whole_logits
+from launcher.models.sequence import whole_sequences
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory
 from launcher.training.context import Heartbeat, WorkerContext
@@ -60,7 +61,7 @@ def logits(run_directory: str, data: str, input_ids: list[list[int]]) -> list[An
     plan = Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
     session = open_session(plan, _context(run_directory), PreparedData.load(Path(data)), torch.device("cpu"))
     session.engine.eval()
-    with torch.no_grad(), whole_logits(session.engine):
+    with torch.no_grad(), whole_logits(session.engine), whole_sequences(session.engine):
         output = session.engine(input_ids=torch.tensor(input_ids), use_cache=False).logits
     if session.monitor is not None:
         session.monitor.close()

@@ -35,7 +35,7 @@ SHAPE = {
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "max_position_embeddings": 64,
@@ -44,7 +44,7 @@ SHAPE = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-"""Four layers and four key-value heads: enough for four stages and for four tensor-parallel ranks."""
+"""Four key-value heads: enough for four tensor-parallel ranks."""
 
 
 @dataclass
