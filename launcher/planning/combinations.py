@@ -16,6 +16,10 @@ from launcher.recipe.schema import Recipe
 
 _ALL_STAGES = frozenset({0, 1, 2, 3})
 _ALL_PRECISIONS = frozenset({"fp32", "bf16", "fp16"})
+_PIPELINE_STAGES = (
+    "DeepSpeed's pipeline refuses stages 2 and 3 (runtime/pipe/engine.py), and under stage 0 clips by a wrong norm, "
+    "which leaves out the parameters of all stages but one (runtime/utils.py: clip_grad_norm_)"
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,24 @@ COMBINATIONS: tuple[Combination, ...] = (
         source="runtime/sequence_parallel/ulysses_sp.py (Ulysses, ALST)",
         test="test_layouts_sequence.py",
     ),
+    Combination(
+        groups=frozenset({"pipeline"}),
+        zero_stages=frozenset({1}),
+        precisions=frozenset({"fp32", "bf16"}),
+        offload=False,
+        reason=_PIPELINE_STAGES,
+        source="runtime/pipe/engine.py, runtime/pipe/module.py (PipelineModule)",
+        test="test_layouts_pipeline.py",
+    ),
+    Combination(
+        groups=frozenset({"tensor", "pipeline"}),
+        zero_stages=frozenset({1}),
+        precisions=frozenset({"fp32", "bf16"}),
+        offload=False,
+        reason=_PIPELINE_STAGES,
+        source="runtime/pipe/topology.py (PipeModelDataParallelTopology), module_inject/layers.py",
+        test="test_layouts_pipeline.py",
+    ),
 )
 """Every legal combination. The search of layouts enumerates these rows and nothing else."""
 
@@ -80,8 +102,13 @@ FAMILIES_BY_KIND: dict[str, frozenset[str]] = {
         }
     ),
     "sequence": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"}),
+    "pipeline": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}),
 }
 """Families that a test of ours has trained with each kind of groups."""
+
+_TENSOR_IN_PIPELINE = frozenset({"llama", "mistral", "qwen2"})
+"""Families whose matrices are divided inside of stages. Qwen 3 and Gemma 3 have weights per head, shared by all heads,
+whose gradients AutoTP sums over the ranks and a pipeline does not."""
 
 WHOLE_VOCABULARY = frozenset({"gemma", "gemma2"})
 """Families whose embedding AutoTP cannot shard (`module_inject/layers.py: VocabParallelEmbedding` knows the scaled
@@ -133,6 +160,8 @@ def model_problems(config: Mapping[str, Any], layout: Layout, recipe: Recipe) ->
     for kind in sorted(kinds(layout)):
         name, size = f"{kind}_parallel_size", getattr(layout, f"{kind}_parallel_size")
         families = FAMILIES_BY_KIND[kind]
+        if kinds(layout) >= {"tensor", "pipeline"}:
+            families &= _TENSOR_IN_PIPELINE
         if config.get("model_type") not in families or shape is None:
             message = f"{kind} parallelism is not proved for {config.get('model_type')}{_why(config, kind)}"
             message += f"; set it to 1, or train one of {', '.join(sorted(families))}"
@@ -175,9 +204,20 @@ def _sequence_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str
     return problems
 
 
+def _pipeline_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str]:
+    problems = []
+    layers = shape.num_hidden_layers
+    if size > layers:
+        problems.append(f"{size} stages for {layers} layers; set it to at most {layers}")
+    if recipe.evaluation.generate.prompts:
+        problems.append("a pipeline cannot generate text; leave evaluation.generate.prompts out")
+    return problems
+
+
 _CHECKS: dict[str, Callable[[ModelShape, int, Recipe], list[str]]] = {
     "tensor": _tensor_problems,
     "sequence": _sequence_problems,
+    "pipeline": _pipeline_problems,
 }
 
 

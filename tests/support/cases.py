@@ -57,17 +57,29 @@ def _stop_at(context: WorkerContext, step: int) -> None:
 
 
 def logits(run_directory: str, data: str, input_ids: list[list[int]]) -> list[Any]:
-    """Logits of the engine resumed from the newest checkpoint."""
+    """Logits of the engine resumed from the newest checkpoint.
+
+    With a pipeline, the last stage's ranks have them, each for its part of the vocabulary.
+    """
     plan = Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
     session = open_session(plan, _context(run_directory), PreparedData.load(Path(data)), torch.device("cpu"))
     session.engine.eval()
-    with torch.no_grad(), whole_logits(session.engine), whole_sequences(session.engine):
-        output = session.engine(input_ids=torch.tensor(input_ids), use_cache=False).logits
+    ids = torch.tensor(input_ids)
+    if plan.layout.pipeline_parallel_size > 1:
+        session.engine.reset_activation_shape()
+        batch = (ids, torch.arange(ids.shape[1]).expand(ids.shape)), ids
+        output = session.engine.eval_batch(
+            iter([batch]), return_logits=True, compute_loss=False, reduce_output=None, bcast_loss=False,
+            num_micro_batches=1,
+        )[1]  # fmt: skip
+    else:
+        with torch.no_grad(), whole_logits(session.engine), whole_sequences(session.engine):
+            output = session.engine(input_ids=ids, use_cache=False).logits
     if session.monitor is not None:
         session.monitor.close()
     session.engine.destroy()
     forget_groups()
-    result: list[Any] = output.float().tolist()
+    result: list[Any] = [] if output is None else output.float().tolist()
     return result
 
 
