@@ -24,8 +24,6 @@ documentation, cublasSetWorkspace): what nvidia-smi shows of a process that hold
 COMMUNICATOR = 200 * _MIB
 """Buffers of one NCCL communicator: up to 32 channels, each with a buffer of `NCCL_BUFFSIZE` (4 MiB) and the smaller
 ones of the LL and LL128 protocols to send and to receive (NCCL documentation, environment variables)."""
-FRAGMENTATION = 0.03
-"""Share of a GPU that the caching allocator cannot use: what lies between blocks of different sizes."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ class LiveStorages(TorchDispatchMode):
     def ignore(self, tensors: Any) -> None:
         """Leave out what was there before."""
         for tensor in tensors:
-            self._known.add(tensor.untyped_storage()._cdata)
+            storage = tensor.untyped_storage()
+            self._known.add(storage._cdata)
+            weakref.finalize(storage, self._known.discard, storage._cdata)  # a new one may get its address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
