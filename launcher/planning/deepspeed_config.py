@@ -14,7 +14,7 @@ from typing import Any
 from cluster.strict_yaml import Document
 from cluster.validation import near_match
 from launcher.errors import PlanError, Problem
-from launcher.planning.combinations import WHOLE_VOCABULARY
+from launcher.planning.combinations import EXPERT_PRESETS, WHOLE_VOCABULARY
 from launcher.planning.deepspeed_keys import AUTO, key_problems
 from launcher.planning.json_document import read_json
 from launcher.planning.layout import BatchPlan, Layout
@@ -191,6 +191,11 @@ def _owned_values(recipe: Recipe, layout: Layout, batch: BatchPlan, model_type: 
     if layout.sequence_parallel_size > 1:
         field = "parallel.sequence_parallel_size"
         owned.append(_Owned("sequence_parallel_size", layout.sequence_parallel_size, field))
+    if layout.expert_parallel_size > 1:
+        field = "parallel.expert_parallel_size"
+        owned.append(_Owned("expert_parallel.enabled", True, field))
+        owned.append(_Owned("expert_parallel.autoep_size", layout.expert_parallel_size, field))
+        owned.append(_Owned("expert_parallel.preset_model", EXPERT_PRESETS.get(model_type or "", ""), field))
     for name in ("offload_optimizer", "offload_param"):
         device = getattr(zero, name)
         if device is not None:

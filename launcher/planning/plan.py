@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from launcher.errors import PlanError, Problem
 from launcher.planning.combinations import combination_problems, model_problems
 from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config, with_batch
-from launcher.planning.families import list_parameters
+from launcher.planning.estimate import estimate_ranks, states_by_zero_stage
 from launcher.planning.layout import (
     BatchPlan,
     Layout,
@@ -21,7 +21,7 @@ from launcher.planning.layout import (
     make_layout,
     resize_batch,
 )
-from launcher.planning.memory import MemoryPlan, memory_by_stage, state_settings, uncounted_reason
+from launcher.planning.memory import MemoryPlan, uncounted_reason
 from launcher.planning.model_shape import (
     ModelShape,
     check_model,
@@ -30,6 +30,7 @@ from launcher.planning.model_shape import (
     unread_fields,
 )
 from launcher.planning.optimizers import optimizer_problems
+from launcher.planning.rank_memory import RankMemory
 from launcher.planning.stages import pipeline_stages
 from launcher.recipe.schema import Recipe
 
@@ -53,6 +54,7 @@ class Plan(BaseModel):
             known.
         memory: bytes per rank of the model states; `None` when `model` is, or when a DeepSpeed setting is not counted.
         memory_by_stage: the same under each ZeRO stage, for comparison.
+        ranks: everything that the ranks of each pipeline stage hold; `None` when `memory` is.
         deepspeed_config: the exact JSON that `deepspeed.initialize` gets.
         notes: what a person should know, such as why `model` is `None`.
     """
@@ -70,6 +72,7 @@ class Plan(BaseModel):
     model: ModelShape | None
     memory: MemoryPlan | None
     memory_by_stage: dict[int, MemoryPlan] | None = None
+    ranks: tuple[RankMemory, ...] | None = None
     deepspeed_config: dict[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -147,11 +150,10 @@ def _assemble(
     deepspeed: DeepSpeedPlan,
 ) -> Plan:
     model = None if config is None else model_shape(config)
-    by_stage = None
-    counted = layout.model_parallel_size == 1 and uncounted_reason(deepspeed.config) is None
-    if config is not None and model is not None and counted:
-        settings = state_settings(deepspeed, recipe.training.precision, layout.data_parallel_size)
-        by_stage = memory_by_stage(list_parameters(config), settings)
+    by_stage = ranks = None
+    if config is not None and model is not None and uncounted_reason(deepspeed.config) is None:
+        by_stage = states_by_zero_stage(recipe, config, layout, deepspeed)
+        ranks = estimate_ranks(recipe, config, layout, batch, deepspeed, resources.device)
     return Plan(
         recipe=recipe,
         resources=resources,
@@ -163,6 +165,7 @@ def _assemble(
         model=model,
         memory=None if by_stage is None else by_stage[deepspeed.zero_stage],
         memory_by_stage=by_stage,
+        ranks=ranks,
         deepspeed_config=deepspeed.config,
         notes=tuple(_notes(recipe, resources, layout, config, deepspeed)),
     )
@@ -193,8 +196,6 @@ def _notes(
         notes.append(f"model.config: transformers knows no {', '.join(unread)} in this family, and ignores it")
     if reason := uncounted_reason(deepspeed.config):
         notes.append(f"memory is not counted: {reason}")
-    if layout.model_parallel_size > 1:
-        notes.append("memory is not counted under tensor, pipeline or sequence parallelism")
     if deepspeed.zero_stage == 0 and recipe.training.precision != "fp32":
         notes.append(
             f"ZeRO stage 0 in {recipe.training.precision}: DeepSpeed makes one optimizer step with zero gradients at "
@@ -204,6 +205,8 @@ def _notes(
         notes.append(
             "fp16 on CPU needs a processor that computes in it (AVX512-FP16 or AMX); DeepSpeed refuses the others"
         )
+    if layout.pipeline_parallel_size > 1 and recipe.parallel.pipeline_partition == "time":
+        notes.append("memory is counted for stages of equal parameters, not for those of equal time")
     return notes
 
 

@@ -11,6 +11,7 @@ from launcher.errors import RecipeError
 from launcher.models.sequence import spread_sequences
 from launcher.planning.plan import Plan
 from launcher.recipe.schema import TrainingSection
+from launcher.training import upstream
 
 
 def total_steps(training: TrainingSection, samples_per_epoch: int, global_batch_size: int) -> int:
@@ -86,6 +87,8 @@ def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
     """
     import deepspeed
 
+    if plan.layout.expert_parallel_size > 1:
+        upstream.let_auto_ep_capture_outputs()
     mpu = spread_sequences(model, plan.layout, plan.batch) if plan.layout.sequence_parallel_size > 1 else None
     engine, _, _, _ = deepspeed.initialize(
         model=model,
