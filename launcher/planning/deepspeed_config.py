@@ -101,7 +101,8 @@ def make_deepspeed_config(
     if any(path.startswith(("zero_optimization", "optimizer")) for path in wrong):
         raise PlanError(recipe.name, problems)
     plan = _finish(config, _shown(document))
-    problems += _offload_problems(plan)
+    told = {problem.where for problem in problems}
+    problems += [problem for problem in _offload_problems(plan) if problem.where not in told]
     if problems:
         raise PlanError(recipe.name, problems)
     return plan
@@ -257,6 +258,9 @@ def _offload_problems(plan: DeepSpeedPlan) -> list[Problem]:
         ("offload_optimizer", plan.offload_optimizer, (1, 2, 3)),
         ("offload_param", plan.offload_param, (3,)),
     ):
+        if device not in ("none", "cpu"):
+            message = f"is {device}, where no test of ours has offloaded anything; set it to cpu"
+            problems.append(Problem(message, f"zero.{name}"))
         if device != "none" and plan.zero_stage not in stages:
             wanted = "1, 2 or 3" if len(stages) > 1 else "3"
             message = f"is {device}, but ZeRO stage {plan.zero_stage} has nothing to offload there; set zero.stage to "

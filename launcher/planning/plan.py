@@ -98,7 +98,7 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
         )
     deepspeed = _collect(problems, make_deepspeed_config, recipe, layout, batch, (config or {}).get("model_type"))
     if deepspeed is not None:
-        offloads = "none" not in (deepspeed.offload_optimizer, deepspeed.offload_param)
+        offloads = {deepspeed.offload_optimizer, deepspeed.offload_param} != {"none"}
         problems += combination_problems(layout, deepspeed.zero_stage, recipe.training.precision, offloads)
         problems += optimizer_problems(recipe.optimizer, deepspeed.zero_stage)
     if config is not None:

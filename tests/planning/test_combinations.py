@@ -97,3 +97,23 @@ def test_kinds_that_no_test_has_trained_together_are_told_with_the_nearest(make_
         "parallel: tensor and sequence parallelism are not trained together by a test of ours; nearest that are: "
         "tensor parallelism, sequence parallelism",
     )
+
+
+@pytest.mark.parametrize("offload", [{"zero.offload_optimizer": "cpu"}, {"zero.offload_param": "cpu"}])
+def test_offload_goes_with_data_parallelism_alone(make_recipe: MakeRecipe, offload: dict[str, str]) -> None:
+    recipe = make_recipe({"parallel.sequence_parallel_size": 2, "zero.stage": 3, **offload})
+    refused(
+        recipe, "zero: no test of ours offloads with sequence parallelism; leave offload_optimizer and offload_param"
+    )
+
+
+def test_offload_to_nvme_is_not_proved(make_recipe: MakeRecipe) -> None:
+    nvme = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}}}
+    recipe = make_recipe({"zero.stage": 3, "deepspeed.overrides": nvme})
+    refused(recipe, "zero.offload_optimizer: is nvme, where no test of ours has offloaded anything; set it to cpu")
+
+
+def test_experts_that_do_not_divide(make_recipe: MakeRecipe) -> None:
+    mixtral = {"model.config.model_type": "mixtral", "model.config.num_local_experts": 6}
+    recipe = make_recipe({**mixtral, "parallel.expert_parallel_size": 4})
+    refused(recipe, "parallel.expert_parallel_size: 4 does not divide the model's 6 experts; sizes that do: 1, 2, 3, 6")

@@ -9,11 +9,13 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from launcher.data.store import PreparedData
+from launcher.errors import RecipeError
 from launcher.models.parallel import whole_logits
 from launcher.models.sequence import whole_sequences
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory
 from launcher.training.context import Heartbeat, WorkerContext
+from launcher.training.engine import check_precision
 from launcher.training.loop import open_session, train
 
 
@@ -34,14 +36,26 @@ def run(run_directory: str, data: str, stop_after: int | None = None) -> dict[st
         forget_groups()
 
 
-def allow_fp16(allowed: bool) -> None:
-    """Let DeepSpeed train in fp16 whatever the processor."""
+def pretend_fp16(supported: bool | None) -> None:
+    """Let DeepSpeed believe that this processor computes in fp16, or that it does not; `None`: let it ask again."""
     from deepspeed.accelerator import get_accelerator
 
     kind = type(get_accelerator())
-    known = kind.__dict__.get("_asked_before") or kind.is_fp16_supported
-    kind._asked_before = known
-    kind.is_fp16_supported = (lambda self: True) if allowed else known
+    asks = kind.__dict__.get("_asks") or kind.is_fp16_supported
+    kind._asks = asks
+    kind.is_fp16_supported = asks if supported is None else lambda self: supported
+
+
+def refusal_of_precision(precision: str, supported: bool) -> str | None:
+    """What `check_precision` says of a processor that computes in fp16 or does not."""
+    pretend_fp16(supported)
+    try:
+        check_precision(precision)
+    except RecipeError as error:
+        return str(error)
+    finally:
+        pretend_fp16(None)
+    return None
 
 
 def forget_groups() -> None:

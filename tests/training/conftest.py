@@ -66,9 +66,9 @@ def ranks_of(request: pytest.FixtureRequest) -> Callable[[int], Ranks]:
 @pytest.fixture
 def fp16_on_any_cpu(two_ranks: Ranks) -> Iterator[None]:
     """The switch under which fp16 runs here: DeepSpeed refuses processors without AVX512-FP16 or AMX."""
-    two_ranks.call("cases:allow_fp16", allowed=True)
+    two_ranks.call("cases:pretend_fp16", supported=True)
     yield
-    two_ranks.call("cases:allow_fp16", allowed=False)
+    two_ranks.call("cases:pretend_fp16", supported=None)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from launcher.checkpoints import folders
 from launcher.training.checkpoint_files import read_state
 from tests.support.equality import Equality, RanksOf
+from tests.support.ranks import Ranks
 
 BF16 = {"loss": 2e-2, "norm": 5e-2}
 FP16 = {"loss": 2e-3, "norm": 1e-2}
@@ -39,6 +40,15 @@ def test_fp16_with_a_loss_scale_that_grows(
     scale = "deepspeed.overrides={fp16: {initial_scale_power: 8, loss_scale_window: 5}}"
     directory, _ = equality.check(ranks_of(2), "precision=fp16", f"zero.stage={stage}", scale, **FP16)
     assert _loss_scale(folders.complete(directory.checkpoints)[-1]) == 2.0 ** (8 + 20 // 5)
+
+
+@pytest.mark.distributed
+def test_fp16_is_refused_where_the_processor_does_not_compute_in_it(one_rank: Ranks) -> None:
+    refused = one_rank.call("cases:refusal_of_precision", precision="fp16", supported=False)[0]
+    assert refused == (
+        "recipe: 1 problem\n  training.precision: this processor does not compute in fp16; set it to fp32 or bf16"
+    )
+    assert one_rank.call("cases:refusal_of_precision", precision="fp16", supported=True) == [None]
 
 
 def _loss_scale(checkpoint: Path) -> float:
