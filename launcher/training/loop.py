@@ -21,6 +21,7 @@ from launcher.training.engine import build_engine, total_steps
 from launcher.training.evaluation import Evaluation, evaluate, generate
 from launcher.training.export import export_checkpoint
 from launcher.training.monitor import Monitor, Throughput, memory_bytes
+from launcher.training.save_triggers import SaveTriggers
 from launcher.training.upstream import step_and_norm, to_device
 
 
@@ -57,6 +58,7 @@ class Session:
     progress: Progress
     max_steps: int
     monitor: Monitor | None
+    triggers: SaveTriggers | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class StepReport:
     grad_norm: float | None
     learning_rate: float
     stop: bool
+    save: bool
 
 
 def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: torch.device) -> TrainResult:
@@ -124,7 +127,8 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
     progress = checkpoints.load(engine)
     heartbeat.step, heartbeat.max_steps = progress.step, max_steps
     monitor = Monitor(plan, context.run_directory, progress.step, device) if context.rank == 0 else None
-    return Session(plan, context, device, task, prepared, engine, checkpoints, progress, max_steps, monitor)
+    triggers = SaveTriggers(context.run_directory, plan.recipe.checkpoint) if context.rank == 0 else None
+    return Session(plan, context, device, task, prepared, engine, checkpoints, progress, max_steps, monitor, triggers)
 
 
 def _train_loader(session: Session) -> BatchLoader:
@@ -158,15 +162,18 @@ def train_step(session: Session, step_batch: StepBatch) -> StepReport:
     torch.manual_seed(_step_seed(session.plan.recipe.seed, session.progress.step, session.context.rank))
     micro_batches = step_batch.micro_batches
     agreement = Agreement(
-        sum(task.num_targets(batch) for batch in micro_batches), session.context.stop.is_set(), session.device
+        sum(task.num_targets(batch) for batch in micro_batches),
+        stop=session.context.stop.is_set(),
+        save=session.triggers is not None and session.triggers.due(),
+        device=session.device,
     )
     loss_sum = torch.zeros((), dtype=torch.float64, device=session.device)
-    num_targets, stop, grad_norm = 0, False, None
+    num_targets, stop, save, grad_norm = 0, False, False, None
     for index, host_batch in enumerate(micro_batches):
         heartbeat.enter(Phase.FORWARD)
         output = task.loss(engine, to_device(host_batch, session.device))
         if index == 0:
-            num_targets, stop = agreement.read()
+            num_targets, stop, save = agreement.read()
         heartbeat.enter(Phase.BACKWARD)
         scale = session.plan.layout.data_parallel_size / max(num_targets, 1)
         engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
@@ -176,7 +183,7 @@ def train_step(session: Session, step_batch: StepBatch) -> StepReport:
         else:
             engine.step()
         loss_sum += output.loss_sum.detach()
-    return StepReport(loss_sum, num_targets, grad_norm, learning_rate, stop)
+    return StepReport(loss_sum, num_targets, grad_norm, learning_rate, stop, save)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -197,7 +204,9 @@ def _after_step(session: Session, step_batch: StepBatch, report: StepReport, thr
     reason = _reason_to_save(session, report)
     if reason is not None:
         session.context.heartbeat.enter(Phase.SAVE)
-        session.checkpoints.save(session.engine, progress, reason)
+        saved = session.checkpoints.save(session.engine, progress, reason)
+        if session.triggers is not None:
+            session.triggers.ended(progress.step, saved=saved)
 
 
 def _reason_to_save(session: Session, report: StepReport) -> str | None:
@@ -206,6 +215,8 @@ def _reason_to_save(session: Session, report: StepReport) -> str | None:
         return "end"
     if report.stop:
         return "stop"
+    if report.save:  # the ranks that do not know why are not asked: rank 0 writes the manifest
+        return session.triggers.reason if session.triggers is not None else "interval"
     return "interval" if save_steps is not None and session.progress.step % save_steps == 0 else None
 
 

@@ -1,4 +1,4 @@
-"""Real gloo ranks that cost a fork: one process imports torch, DeepSpeed and transformers, all groups are forked from it.
+"""Real gloo ranks that cost a fork: one process imports torch, DeepSpeed and transformers; all ranks come from it.
 
 For cases that end their ranks (a SIGKILL in the middle of a write) or need many sizes.
 
