@@ -1,6 +1,6 @@
 # make quickstart   install, then pretrain a small language model on this machine
 # make test         install, then run the tests
-# make check        what CI runs: style, types, floors, tests with coverage
+# make check        style, types and floors, then the tests; coverage is measured and has a floor
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,7 +45,7 @@ quickstart: install
 	$(BIN)/zerofleet run quickstart
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=$(COVERAGE)
 
 lint: install
 	$(BIN)/ruff check
@@ -54,8 +54,7 @@ lint: install
 	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports --no-logo
 
-check: lint
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+check: lint test
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage* build dist *.egg-info

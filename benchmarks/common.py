@@ -236,6 +236,7 @@ def no_process_left() -> Iterator[None]:
     """Become the parent of every orphan below this process, and end what is left of them on leaving."""
     pr_set_child_subreaper = 36
     ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
     finally:

@@ -25,6 +25,7 @@ from cluster.ray_node import (
     start_worker,
 )
 from cluster.start_folder import JobSpec, NodeReport, Outcome, StartFolder
+from cluster.types import JOB_VARIABLE
 
 POLL_S = 0.1
 REPORT_S = 1.0
@@ -78,6 +79,7 @@ class NodeAgent:
 
     def run(self) -> Outcome:
         """Do this node's part to the end; nothing that was started here is left."""
+        os.environ[JOB_VARIABLE] = str(self.job_directory)
         adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGQUIT):
             signal.signal(number, self._take_signal)

@@ -83,6 +83,12 @@ class RaySecrets:
             "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
             # Ray runs workers at nice 15, behind everything else on the machine; training is what the machine is for.
             "RAY_worker_niceness": "0",
+            # Nobody reads Ray's own statistics of the clusters that we start; gathering them takes time from training.
+            "RAY_enable_metrics_collection": "0",
+            "RAY_metrics_report_interval_ms": "60000",
+            "REPORTER_UPDATE_INTERVAL_MS": "60000",
+            "RAY_event_stats": "0",
+            "RAY_memory_monitor_refresh_ms": "1000",
         }
 
 

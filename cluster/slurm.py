@@ -3,21 +3,25 @@
 Works where accounting (sacct) is not available: states come from squeue and from the job's own files.
 """
 
+import contextlib
+import io
 import math
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import BackendError
 from cluster.job_files import log_of, make_job_directory, node_names, spec_of, status_from_files
-from cluster.profile_sections import ContainerSection, SlurmSection
 from cluster.slurm_states import EXPLANATIONS, SlurmJob, ask_sacct, ask_squeue, run_slurm
 from cluster.slurm_task import REQUEUE_FILE, SlurmTask
 from cluster.start_folder import last_start
 from cluster.types import JobRecord, JobRequest, JobState, JobStatus, Log, Submission
+
+if TYPE_CHECKING:  # see cluster.types
+    from cluster.profile_sections import ContainerSection, SlurmSection
 
 DEFAULT_MINUTES = 0
 """`--time=0`: as long as the partition allows."""
@@ -40,7 +44,8 @@ class SlurmBackend:
         make_job_directory(request.job_directory)
         spec_of(request).write(request.job_directory)
         try:
-            job_id = str(executor.submit(SlurmTask(str(request.job_directory))).job_id)
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what its error says
+                job_id = str(executor.submit(SlurmTask(str(request.job_directory))).job_id)
         except FileNotFoundError as error:
             shutil.rmtree(request.job_directory)
             raise BackendError("sbatch is not installed here: is this a machine of the Slurm cluster?") from error
@@ -132,12 +137,12 @@ def _executor(request: JobRequest) -> Any:
     return executor
 
 
-def _plain_options(slurm: SlurmSection) -> dict[str, str | None]:
+def _plain_options(slurm: "SlurmSection") -> dict[str, str | None]:
     names = ("partition", "account", "qos", "constraint", "exclude", "nodelist", "gres", "dependency")
     return {name: getattr(slurm, name) for name in names}
 
 
-def _python(container: ContainerSection | None) -> str:
+def _python(container: "ContainerSection | None") -> str:
     """The command that starts Python in the job, -P so that no file of the working directory shadows a module."""
     if container is None:
         return f"{shlex.quote(sys.executable)} -P"
@@ -147,7 +152,7 @@ def _python(container: ContainerSection | None) -> str:
     return shlex.join(["apptainer", "exec", *mounts, *container.arguments, container.image, container.python, "-P"])
 
 
-def _container_arguments(container: ContainerSection | None) -> list[str]:
+def _container_arguments(container: "ContainerSection | None") -> list[str]:
     if container is None or container.runtime != "pyxis":
         return []
     mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []

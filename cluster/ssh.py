@@ -6,14 +6,16 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.agent import agent_command
 from cluster.errors import BackendError
 from cluster.job_files import log_of, make_job_directory, spec_of, status_from_files
 from cluster.processes import ProcessIdentity
-from cluster.profile_sections import SshSection
 from cluster.types import JobRecord, JobRequest, JobState, JobStatus, Log, Submission
+
+if TYPE_CHECKING:  # see cluster.types
+    from cluster.profile_sections import SshSection
 
 CONNECT_TIMEOUT_S = 15
 COMMAND_TIMEOUT_S = 120
@@ -40,7 +42,7 @@ class SshBackend:
         shown = [f"{shlex.join(command)}\n" for command in commands]
         return "".join([*shown, f"# of which the first runs\n{shlex.join(request.argv)}\n"])
 
-    def _commands(self, request: JobRequest, section: SshSection) -> list[list[str]]:
+    def _commands(self, request: JobRequest, section: "SshSection") -> list[list[str]]:
         """How the agents are started, a command a host."""
         commands = []
         for index, host in enumerate(_hosts(section, request.nodes)):
@@ -119,13 +121,13 @@ def ssh_command(host: str, options: Sequence[str], remote: str) -> list[str]:
     return ["ssh", *own, *options, "--", host, remote]
 
 
-def _section(request: JobRequest) -> SshSection:
+def _section(request: JobRequest) -> "SshSection":
     if request.profile.ssh is None:
         raise BackendError(f"profile {request.profile.name} has no ssh section")
     return request.profile.ssh
 
 
-def _hosts(section: SshSection, nodes: int) -> tuple[str, ...]:
+def _hosts(section: "SshSection", nodes: int) -> tuple[str, ...]:
     """The hosts of a job.
 
     Raises:

@@ -10,6 +10,9 @@ if TYPE_CHECKING:  # pydantic takes a while to load, and who only looks at jobs 
     from cluster.profile import Profile
 
 
+JOB_VARIABLE = "ZEROFLEET_JOB"
+"""Names the job's directory to every process that was started for it, so that a person can tell whose a process is."""
+
 PHASES_VARIABLE = "ZEROFLEET_PHASES"
 """Tells a driver when its job was submitted, got its machines and had its Ray: a JSON mapping to Unix times."""
 

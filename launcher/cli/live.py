@@ -3,12 +3,14 @@
 import contextlib
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.orchestration.progress import Pace, progress_line, readable_seconds
 from launcher.orchestration.supervisor import GroupStatus, RunState
-from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from launcher.planning.plan import Plan
 
 PLAIN_INTERVAL_S = 10.0
 
@@ -16,7 +18,7 @@ PLAIN_INTERVAL_S = 10.0
 class LiveObserver:
     """Shows a run: rewrites one line on a terminal; elsewhere writes a line when something new is known."""
 
-    def __init__(self, plan: Plan, run_directory: RunDirectory, *, quiet: bool = False) -> None:
+    def __init__(self, plan: "Plan", run_directory: RunDirectory, *, quiet: bool = False) -> None:
         self.plan = plan
         self.run_directory = run_directory
         self.quiet = quiet
@@ -77,7 +79,7 @@ class LiveObserver:
             self._shown = ""
 
 
-def print_summary(summary: dict[str, Any], plan: Plan, run_directory: RunDirectory) -> None:
+def print_summary(summary: dict[str, Any], plan: "Plan", run_directory: RunDirectory) -> None:
     """Print how a run ended, and what to do next."""
     name = plan.recipe.name
     if summary.get("already_complete"):

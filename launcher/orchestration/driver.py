@@ -19,7 +19,7 @@ from typing import Any
 from cluster.types import STOP_FILE_VARIABLE
 from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import read_manifest
-from launcher.checkpoints.resumable import check_resumable, with_batch_of
+from launcher.checkpoints.resumable import check_resumable, recipe_changes, with_batch_of
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
 from launcher.orchestration.failure import FailureKind, FailurePolicy
 from launcher.orchestration.observers import JobObserver, Notices, Observer
@@ -51,8 +51,14 @@ def read_plan(run_directory: RunDirectory) -> Plan:
 
 
 def completed_summary(run_directory: RunDirectory, plan: Plan) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do under this plan, or None."""
+    """The summary of a run that has nothing left to do under this plan, or None.
+
+    A plan whose model or data are not those of the newest checkpoint has everything left to do, and will be refused.
+    """
     if not run_directory.summary.exists():
+        return None
+    saved = folders.complete(run_directory.checkpoints)
+    if saved and recipe_changes(read_manifest(saved[-1]), plan):
         return None
     summary: dict[str, Any] = json.loads(run_directory.summary.read_text())
     training = plan.recipe.training

@@ -23,6 +23,8 @@ def phase_table(moments: Mapping[str, float]) -> dict[str, float]:
         moments: Unix times: of the job (`submitted`, ...), of the driver's events (`starting`, `running`), of rank 0's
             timeline (`engine`, `data`, `first_step`).
     """
+    if "started" not in moments:  # a cluster that was there before
+        moments = {**moments, "nodes_joined": moments["submitted"]} if "submitted" in moments else moments
     table = {
         name: round(moments[end] - moments[begin], 2)
         for name, begin, end in PHASES

@@ -16,7 +16,8 @@ from launcher.orchestration.worker import Placement, Worker
 from launcher.run_directory import RunDirectory
 from launcher.training.context import Beat
 
-POLL_INTERVAL_S = 0.5
+POLL_INTERVAL_S = 1.0
+"""Between two looks at the heartbeats. A rank's end does not wait for it: `ray.wait` returns at once."""
 PLACEMENT_TIMEOUT_S = 30.0
 """How long to wait for resources that the cluster has but that others hold at the moment."""
 

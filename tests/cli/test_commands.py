@@ -68,7 +68,10 @@ def test_help_names_every_verb(zerofleet):
     outcome = zerofleet("--help")
     assert outcome.code == 0
     listed = [line.split()[0] for line in outcome.out.partition("Commands:")[2].splitlines() if line.strip()]
-    assert listed == ["run", "plan", "prepare", "export", "tensorboard", "schema", "recipes"]
+    assert listed == [
+        *("run", "submit", "jobs", "status", "logs", "attach", "cancel", "sweep"),
+        *("plan", "prepare", "export", "tensorboard", "schema", "recipes", "profile"),
+    ]
     for verb in listed:
         assert zerofleet(verb, "--help").code == 0
 

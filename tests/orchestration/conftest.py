@@ -30,9 +30,10 @@ data:
   sequence_length: 32
   preprocessing_num_workers: 1
   cache_directory: {cache}
-training: {{max_steps: 20, micro_batch_size: 2, gradient_accumulation_steps: 2, precision: fp32, learning_rate: 3.0e-3}}
+training: {{max_steps: 150, micro_batch_size: 2, gradient_accumulation_steps: 2, precision: fp32,
+           learning_rate: 3.0e-3}}
 evaluation: {{max_eval_samples: 8}}
-checkpoint: {{save_steps: 5}}
+checkpoint: {{save_steps: 50}}
 logging: {{logging_steps: 1, sample_ids: true, tensorboard: false}}
 export: {{at_end: false}}
 """

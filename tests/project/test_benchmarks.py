@@ -15,9 +15,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_our_loop_learns_what_the_bare_loop_learns() -> None:
     small = ["--hidden-size", "64", "--layers", "1", "--sequence-length", "32", "--micro-batch-size", "2"]
     command = [sys.executable, "benchmarks/step_overhead.py", "--rounds", "1", "--steps", "4", "--logging-steps", "2"]
-    done = subprocess.run([*command, *small, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*command, *small, "--json"], cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            output, errors = process.communicate(timeout=240)
+        finally:
+            process.terminate()  # it ends what it started
+    assert process.returncode == 0, errors
+    result = json.loads(output)
     (figures,) = result["rounds"]
     assert figures["zerofleet"]["loss"] == pytest.approx(figures["bare"]["loss"], rel=1e-3)
     for arm in ("zerofleet", "bare"):

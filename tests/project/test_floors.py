@@ -28,7 +28,18 @@ BREACHES = {
 
 HEAVY = ("torch", "deepspeed", "ray", "transformers", "tokenizers", "datasets", "tensorboard")
 
-PURE = ("recipe", "planning", "checkpoints", "cli", "submit", "run_directory", "errors", "orchestration.driver")
+PURE = (
+    "recipe",
+    "planning",
+    "checkpoints",
+    "cli",
+    "jobs",
+    "submit",
+    "provenance",
+    "run_directory",
+    "errors",
+    "orchestration.driver",
+)
 """What `zerofleet plan` and `--help` import: these and all that lies below them must bring in nothing heavy."""
 
 

@@ -1,4 +1,4 @@
-"""Real gloo ranks that cost a fork: one process imports torch, DeepSpeed and transformers; all ranks come from it.
+"""A process that imported everything once and forks a rank for each case, for tests that kill ranks.
 
 For cases that end their ranks (a SIGKILL in the middle of a write) or need many sizes.
 

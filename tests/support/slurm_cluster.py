@@ -147,8 +147,10 @@ class SlurmCluster:
             task="cgroup" if cgroups else "none",
         )
         (self.folder / "slurm.conf").write_text(text)
-        # Said even where cgroups are not used: slurmd looks for their version itself otherwise, and ends if it finds none.
-        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nConstrainRAMSpace=yes\nConstrainSwapSpace=no\n")
+        # Said even where cgroups are not used: slurmd otherwise looks for their version, and ends if it finds none.
+        (self.folder / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\nConstrainRAMSpace=yes\nConstrainSwapSpace=no\n"
+        )
 
     def _munge_options(self) -> list[str]:
         names = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log"}

@@ -1,0 +1,129 @@
+"""A real Ray cluster of several nodes, with the dashboard that the Jobs API needs and token authentication.
+
+On the machines of a `Network`, or, lighter and without root, as several Ray nodes on this one.
+"""
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from cluster.ray_node import (
+    NodeResources,
+    RayNode,
+    RaySecrets,
+    accepts_connections,
+    port_block,
+    start_head,
+    start_worker,
+)
+from tests.support.network import Network
+
+GCS_PORT, DASHBOARD_PORT = 6379, 8265
+START_TIMEOUT_S = 90
+
+
+@dataclass
+class NetworkRay:
+    """Ray on the machines of a network, started as a person would start it.
+
+    Attributes:
+        network: the machines.
+        cpus: that each hands out.
+    """
+
+    network: Network
+    cpus: int = 2
+    token: str = field(default_factory=lambda: secrets.token_hex(16))
+    _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        """Of the cluster."""
+        return f"{self.network.machines[0].address}:{GCS_PORT}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of whoever speaks to the cluster."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_USAGE_STATS_ENABLED": "0"}
+
+    def __enter__(self) -> "NetworkRay":
+        first, *others = self.network.machines
+        dashboard = ("--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD_PORT}")
+        self._start(first.name, first.command(), "--head", f"--port={GCS_PORT}", *dashboard, ip=first.address)
+        for machine in others:
+            self._start(machine.name, machine.command(), f"--address={self.address}", ip=machine.address)
+        self._await([machine.name for machine in self.network.machines])
+        return self
+
+    def _start(self, name: str, prefix: list[str], *options: str, ip: str) -> None:
+        common = (f"--num-cpus={self.cpus}", "--object-store-memory=128000000", "--disable-usage-stats", "--block")
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *common, f"--node-ip-address={ip}", *options]
+        temporary = self.network.folder / f"ray-{name}"
+        with (self.network.folder / f"ray-{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*prefix, *command, f"--temp-dir={temporary}"],
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._processes.append(process)
+
+    def _await(self, names: list[str]) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        for name in names:
+            log = self.network.folder / f"ray-{name}.log"
+            while b"Ray runtime started" not in log.read_bytes():
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"Ray did not start on {name}:\n{log.read_text()[-3000:]}")
+                time.sleep(0.1)
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.terminate()  # nsenter; what it started dies with the machines
+            process.wait(10)
+
+
+@dataclass
+class HostRay:
+    """Several Ray nodes on this machine, each with a loopback address of its own; the first has a dashboard."""
+
+    nodes: int = 2
+    cpus: int = 2
+    environment: dict[str, str] = field(default_factory=dict)
+    url: str = ""
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> "HostRay":
+        cluster, resources = RaySecrets(secrets.token_hex(16)), NodeResources(self.cpus)
+        key = f"tests/{os.getpid()}"
+        ports = port_block(f"{key}/0", "127.0.1.1")
+        address, head = start_head("127.0.1.1", ports, resources, cluster, dashboard=True)
+        self._stack.callback(head.end)
+        started: list[RayNode] = [head]
+        self._await(lambda: accepts_connections(address), started)
+        for index in range(1, self.nodes):
+            own = f"127.0.1.{index + 1}"
+            started.append(start_worker(address, own, port_block(f"{key}/{index}", own), resources, cluster))
+            self._stack.callback(started[-1].end)
+        self._await(lambda: all(node.is_up for node in started), started)
+        self.environment = {**cluster.environment, "RAY_ADDRESS": address}
+        self.url = f"http://127.0.0.1:{ports[2]}"
+        return self
+
+    def _await(self, condition, started: list[RayNode]) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not condition():
+            for node in started:
+                node.check_alive()
+            if time.monotonic() > deadline:
+                raise RuntimeError("Ray did not start")
+            time.sleep(0.1)
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
