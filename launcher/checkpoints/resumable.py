@@ -53,6 +53,52 @@ def with_batch_of(manifest: Manifest, plan: Plan) -> Plan:
     Raises:
         PlanError: this number of workers cannot keep the global batch; lists those that can.
     """
+    size = manifest.batch.global_batch_size
+    if plan.batch.global_batch_size == size or differences(manifest.recipe, plan.recipe, BATCH_FIELDS):
+        return plan
+    wanted = plan.model_copy(update={"batch": plan.batch.model_copy(update={"global_batch_size": size})})
+    return replan(wanted, plan.layout.world_size)
+
+
+def unconvertible_reason(manifest: Manifest) -> str | None:
+    """Why a checkpoint has no universal form, or None when it has one."""
+    if manifest.layout.model_parallel_size * manifest.layout.expert_parallel_size > 1:
+        sizes = {name: getattr(manifest.layout, name) for name in MODEL_PARALLEL}
+        return "it is spread over " + ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    if manifest.zero_stage == 0 and manifest.precision != "fp32":
+        return f"in {manifest.precision}, DeepSpeed keeps the optimizer of ZeRO stage 0 in a form of its own"
+    return None
+
+
+def recipe_changes(manifest: Manifest, plan: Plan) -> list[str]:
+    """What the checkpoint learned from or with that the plan would change, a line each; empty when it can continue."""
+    return [
+        line
+        for line in differences(manifest.recipe, plan.recipe, FIXED_SECTIONS)
+        if not line.startswith(tuple(f"{field}:" for field in FREE_FIELDS))
+    ]
+
+
+def check_resumable(manifest: Manifest, plan: Plan, data_fingerprint: str, folder: Path) -> Resumption:
+    """Decide how a plan continues from a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot; says every reason, and what to do.
+    """
+    data_changed = _check_recipe(manifest, plan, data_fingerprint, folder)
+    different = _layout_differences(manifest, plan)
+    obstacles = _obstacles(manifest, plan, different)
+    if obstacles:
+        raise CheckpointError(
+            f"checkpoint {folder} was saved in another layout, from which this plan cannot continue:\n  "
+            + "\n  ".join(obstacles)
+            + "\nRun with the checkpoint's values, or start a new run with --run-dir."
+        )
+    return Resumption(tuple(different), data_changed)
+
+
+def _check_recipe(manifest: Manifest, plan: Plan, data_fingerprint: str, folder: Path) -> bool:
+    """Refuse another model or, unless `data.on_change` says otherwise, other data; returns whether the data differs."""
     changed = recipe_changes(manifest, plan)
     of_data = [line for line in changed if line.startswith("data.")]
     others = [line for line in changed if not line.startswith("data.")]

@@ -85,11 +85,12 @@ def loading_only_data() -> Iterator[None]:
     DeepSpeed reads its files with `weights_only=False`, which runs whatever a file says
     (`runtime/checkpoint_engine/torch_checkpoint_engine.py: load`, `checkpoint/universal_checkpoint.py`).
     """
+    # Not torch's `safe_globals` block: within another one, its end would forbid the classes to the outer one too.
+    torch.serialization.add_safe_globals(_checkpoint_classes())
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals(_checkpoint_classes()):
-            yield
+        yield
     finally:
         if before is None:
             del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]

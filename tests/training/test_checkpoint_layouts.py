@@ -118,10 +118,5 @@ def test_another_layout_continues_the_same_run(
     results = runs.train(directory, *new)
     assert results[0]["status"] == "complete"
     check_same(directory, whole)
-    converted = folders.universal_of(directory.checkpoints / folders.folder_name(SAVED_AT))
     needed = not ({old[1], new[1]} == {0} or (old[0] == new[0] and {old[1], new[1]} <= {1, 2}))
-    assert converted.is_dir() == needed
-    if needed:
-        assert faults_of(converted, contents=True) == []
-        assert read_manifest(converted).kind == "universal"
-        assert [notice.split()[0] for notice in results[0]["notices"]] == ["converting", "converted"]
+    assert [notice.split()[0] for notice in results[0]["notices"]] == ["converting", "converted"] * needed
