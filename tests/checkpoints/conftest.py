@@ -52,25 +52,25 @@ def manifest_of(step: int, **changes: Any) -> Manifest:
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
     """Commit a checkpoint of two ranks below `tmp_path / "run" / "checkpoints"`."""
+    return lambda step, **facts: checkpoint_in(tmp_path / "run" / "checkpoints", step, **facts)
 
-    def make(step: int, size: int = 20_000, **changes: Any) -> Path:
-        incomplete = tmp_path / "run" / "checkpoints" / (folders.folder_name(step) + folders.INCOMPLETE)
-        incomplete.mkdir(parents=True)
-        generator = random.Random(step)
-        parts = {}
-        for rank in (0, 1):
-            records = {}
-            for name in ("model.pt",) if rank == 0 else ():
-                records |= write(incomplete / name, generator.randbytes(size // 2), rank)
-            records |= write(incomplete / f"optim_{rank}.pt", generator.randbytes(size), rank)
-            part = RankManifest(rank=rank, token="t", files=records)
-            folders.write_rank_manifest(incomplete, part)
-            read = folders.read_rank_manifest(incomplete, rank, "t")
-            assert read is not None
-            parts[rank] = read
-        return folders.commit(incomplete, manifest_of(step, **changes), parts)
 
-    return make
+def checkpoint_in(checkpoints: Path, step: int, size: int = 20_000, **changes: Any) -> Path:
+    incomplete = checkpoints / (folders.folder_name(step) + folders.INCOMPLETE)
+    incomplete.mkdir(parents=True)
+    generator = random.Random(step)
+    parts = {}
+    for rank in (0, 1):
+        records = {}
+        for name in ("model.pt",) if rank == 0 else ():
+            records |= write(incomplete / name, generator.randbytes(size // 2), rank)
+        records |= write(incomplete / f"optim_{rank}.pt", generator.randbytes(size), rank)
+        part = RankManifest(rank=rank, token="t", files=records)
+        folders.write_rank_manifest(incomplete, part)
+        read = folders.read_rank_manifest(incomplete, rank, "t")
+        assert read is not None
+        parts[rank] = read
+    return folders.commit(incomplete, manifest_of(step, **changes), parts)
 
 
 def write(path: Path, content: bytes, rank: int) -> dict[str, Any]:

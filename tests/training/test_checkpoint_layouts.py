@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from launcher.checkpoints import folders
-from launcher.checkpoints.manifest import faults_of, read_manifest
 from launcher.data.store import PreparedData
 from launcher.planning.layout import Resources
 from launcher.planning.plan import make_plan
