@@ -1,4 +1,4 @@
-"""What makes a run save besides its steps, in real ranks; and conversion by hand, which is refused while it is at work."""
+"""What makes a run save besides its steps, in real ranks; what is kept of it; conversion by hand."""
 
 import json
 from collections.abc import Callable
