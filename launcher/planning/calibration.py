@@ -1,7 +1,7 @@
 """The constants of the throughput model that no data sheet gives, and the training programs that they describe.
 
-`benchmarks/throughput_error.py --fit` finds the fitted ones on the rows of `published_throughput.csv` that are marked for
-it, a third of all, and `docs/planning.md` says how far the model is from the others. The rest are assumptions; each
+`benchmarks/throughput_error.py --fit` finds the fitted ones on the rows of `published_throughput.csv` that are marked
+for it, a third of all, and `docs/planning.md` says how far the model is from the others. The rest are assumptions; each
 says so.
 """
 
@@ -34,7 +34,7 @@ INSIDE_EFFICIENCY = 0.75
 OUTSIDE_EFFICIENCY = 0.696
 """The same between nodes; fitted."""
 CONGESTION: dict[str, float] = {"EFA-400": 0.055, "EFA-50": 0.055}
-"""Share by which each further node of a group lengthens its collectives, by network; fitted on 512 GPUs over EFA-400."""
+"""Share by which each further node of a group lengthens its collectives, by network; fitted on 512 GPUs."""
 HOST_MEMORY_BANDWIDTH = 200e9
 """Bytes a second of a node's host memory, which its workers share in an offloaded optimizer step (assumed: eight
 channels of DDR5-4800 at two thirds of their peak)."""
@@ -56,7 +56,7 @@ class Software:
         gather_overlap: share of stage 3's gathers and reductions that runs under computation.
         gradient_bytes: of one element in the reduction.
         fused_attention: attention scores never leave the chip.
-        layer_seconds: what the host takes to launch a layer's kernels, forward and backward; the layer cannot be faster.
+        layer_seconds: what the host takes to launch a layer's kernels, forward and backward; no layer is faster.
         step_seconds: of a step outside of all that.
         fp8_cast: factor on fp8 products for casts that are not fused into them; fitted.
     """

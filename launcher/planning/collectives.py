@@ -7,8 +7,8 @@ doc/PERFORMANCE.md). A group with several ranks in a node uses the network ports
 import math
 from dataclasses import dataclass
 
-from launcher.planning.accelerators import Link
 from launcher.planning import calibration
+from launcher.planning.accelerators import Link
 
 _TREE_STEPS = 4
 """A tree goes up and down, and its pipeline fills: so many latencies a level, instead of a ring's one a rank."""

@@ -276,7 +276,9 @@ def _head(work: Work, machine: Machine) -> float:
     """Logits and loss of one micro batch."""
     shape = work.shape
     logits = work.tokens * shape.vocab_size / work.layout.tensor_parallel_size
-    seconds = 6 * shape.hidden_size * logits / _half_rate(work, machine) + logits * _HEAD_TRAFFIC / _memory_rate(machine)
+    seconds = 6 * shape.hidden_size * logits / _half_rate(work, machine) + logits * _HEAD_TRAFFIC / _memory_rate(
+        machine
+    )
     return seconds / machine.software.kernels
 
 
