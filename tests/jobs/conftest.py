@@ -24,8 +24,8 @@ from tests.support.ray_cluster import HostRay, NetworkRay
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.sshd import SshServer
 
-LONG = 500
-"""Steps of the run that is interrupted, and of the uninterrupted one it is compared with: more than half a minute."""
+LONG = 300
+"""Steps of the uninterrupted run that others are compared with."""
 
 # The learning rate is constant, so that runs of different lengths make the same first steps.
 RECIPE = """
@@ -128,12 +128,17 @@ def wait_for_step(run_directory: Path, step: int, timeout: float = 180) -> None:
 
 
 def processes_of(run_directory: Path) -> list[str]:
-    """Command lines of all processes that were started for the jobs of a run."""
+    """Command lines of all processes that were started for the jobs of a run, on whichever node: batch script and srun
+    (by their working directory), agents (by their arguments), and everything below them (by its environment)."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.environ().get(JOB_VARIABLE, "").startswith(f"{run_directory}/"):
-                found.append(" ".join(process.cmdline())[:200])
+            command, inherited = process.cmdline(), process.environ().get(JOB_VARIABLE, "")
+            if "launcher.cli.main" in command:  # a look at the job, or the test's own question about it
+                continue
+            is_agent = any(argument.startswith(f"{run_directory}/jobs/") for argument in command)
+            if inherited.startswith(f"{run_directory}/") or is_agent or process.cwd() == str(run_directory):
+                found.append(" ".join(command)[:200])
     return found
 
 
@@ -147,6 +152,13 @@ def write_profile(path: Path, **values: Any) -> Path:
     defaults = {"nodes": 2, "workers_per_node": 1, "device": "cpu"}
     path.write_text(json.dumps({**defaults, **values}))
     return path
+
+
+def workers(run_directory: Path) -> list[dict[str, Any]]:
+    """Where each rank of a run's last attempt is."""
+    events = read_json_lines(RunDirectory.at(run_directory).events)
+    found: list[dict[str, Any]] = next(event["workers"] for event in reversed(events) if event["state"] == "running")
+    return found
 
 
 @pytest.fixture(scope="session")
