@@ -99,8 +99,7 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
             throughput.step_ends(plan.batch.global_batch_size)
             progress.step += 1
             progress.consumed_samples = step_batch.consumed_samples
-            heartbeat.step = progress.step
-            heartbeat.mark("first_step")
+            heartbeat.stepped(progress.step)
             stop = report.stop
             _after_step(session, step_batch, report, throughput)
     finally:
@@ -123,6 +122,7 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
     )
     progress = checkpoints.load(engine)
     heartbeat.step, heartbeat.max_steps = progress.step, max_steps
+    heartbeat.saved(progress.step)
     monitor = Monitor(plan, context.run_directory, progress.step, device) if context.rank == 0 else None
     return Session(plan, context, device, task, prepared, engine, checkpoints, progress, max_steps, monitor)
 
@@ -197,7 +197,8 @@ def _after_step(session: Session, step_batch: StepBatch, report: StepReport, thr
     reason = _reason_to_save(session, report)
     if reason is not None:
         session.context.heartbeat.enter(Phase.SAVE)
-        session.checkpoints.save(session.engine, progress, reason)
+        if session.checkpoints.save(session.engine, progress, reason):
+            session.context.heartbeat.saved(progress.step)
 
 
 def _reason_to_save(session: Session, report: StepReport) -> str | None:

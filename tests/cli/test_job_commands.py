@@ -260,25 +260,30 @@ def test_profile_init_never_overwrites(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("command", [("jobs",), ("status", "job00500"), ("logs", "job00500")])
-def test_with_a_thousand_records_a_look_takes_less_than_half_a_second(ended_job, tmp_path, command):
+def test_with_a_thousand_records_a_look_asks_the_scheduler_at_most_once(ended_job, tmp_path, command):
+    """What a look costs beside that, `benchmarks/command_time.py` measures."""
     record = ended_job("job00500")
     folder = registry.registry_folder()
     for index in range(1000):
-        facts: dict[str, Any] = {**vars(record), "id": f"job{index:05d}", "submitted": float(index), "backend": "slurm"}
+        facts: dict[str, Any] = {
+            **vars(record),
+            "id": f"job{index:05d}",
+            "submitted": float(index),
+            "backend": "slurm",
+            "backend_id": f"{index}",
+        }
         (folder / f"job{index:05d}.json").write_text(json.dumps(facts))
-    # Its own time is what it computes: waiting for a scheduler, here a fake one, or for a busy machine is not.
-    squeue = tmp_path / "bin" / "squeue"
-    squeue.parent.mkdir()
-    squeue.write_text("#!/bin/sh\n")
-    squeue.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{squeue.parent}:{os.environ['PATH']}"}
-    best = min(_cpu_seconds([sys.executable, "-P", "-m", "launcher.cli.main", *command], environment) for _ in range(3))
-    assert best < 0.5, f"{best:.2f} s"
-
-
-def _cpu_seconds(command: list[str], environment: dict[str, str]) -> float:
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    _, code, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(code)
-    assert process.returncode == 0
-    return usage.ru_utime + usage.ru_stime
+    asked = tmp_path / "asked"
+    for name in ("squeue", "sacct", "scontrol"):
+        fake = tmp_path / "bin" / name
+        fake.parent.mkdir(exist_ok=True)
+        fake.write_text(f"#!/bin/sh\necho {name} >> '{asked}'\n")
+        fake.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "launcher.cli.main", *command], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    times = asked.read_text().splitlines() if asked.exists() else []
+    assert len(times) == len(set(times)), times
+    assert times or command[0] == "logs"

@@ -107,7 +107,6 @@ def test_an_exception_in_a_worker_is_shown_whole_and_first(zerofleet: Zerofleet,
 def test_more_workers_than_the_cluster_has(zerofleet: Zerofleet, tmp_path: Path) -> None:
     profile = tmp_path / "big.yaml"
     profile.write_text("name: big\nbackend: local\nworkers_per_node: 64\n")
-    began = time.monotonic()
     code, _, err = zerofleet.run(
         *("run", str(zerofleet.recipe), "--profile", str(profile), "--run-dir", str(tmp_path / "run")),
         "gradient_accumulation_steps=null",
@@ -117,7 +116,6 @@ def test_more_workers_than_the_cluster_has(zerofleet: Zerofleet, tmp_path: Path)
     assert "asks for 1 node(s) with 64 CPU each" in err
     assert "has 4 CPU" in err
     assert "Traceback" not in err
-    assert time.monotonic() - began < 30
 
 
 def test_a_refused_model_is_an_error_without_a_traceback(zerofleet: Zerofleet, tmp_path: Path) -> None:

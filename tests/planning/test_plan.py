@@ -1,5 +1,4 @@
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,24 +174,9 @@ def test_a_size_that_cannot_keep_the_batch_is_refused_with_those_that_can(make_r
             replan(plan, size)
 
 
-def test_planning_takes_milliseconds(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe()
-    make_plan(recipe, TWO)
-    best = min(_seconds(lambda: make_plan(recipe, TWO)) for _ in range(5))
-    assert best < 0.02
-
-
-def test_405_billion_parameters_on_16384_gpus_are_planned_in_a_fraction_of_a_second(make_recipe: MakeRecipe) -> None:
+def test_405_billion_parameters_on_16384_gpus_are_planned(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe({"model.config": LLAMA_405B, "training.micro_batch_size": 1, "zero.stage": 3})
     resources = Resources(nodes=2048, workers_per_node=8, device="cuda")
     plan = make_plan(recipe, resources)
     assert plan.model is not None
     assert plan.model.num_parameters == 405_853_388_800
-    best = min(_seconds(lambda: make_plan(recipe, resources)) for _ in range(3))
-    assert best < 0.5
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

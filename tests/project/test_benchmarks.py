@@ -28,3 +28,13 @@ def test_our_loop_learns_what_the_bare_loop_learns() -> None:
     for arm in ("zerofleet", "bare"):
         spread = result["arms"][arm]["tokens_per_second"]
         assert spread["median"] == pytest.approx(result["tokens_per_step"] / figures[arm]["seconds_per_step"])
+
+
+def test_the_cost_of_commands_is_measured_on_a_full_registry() -> None:
+    command = [sys.executable, "benchmarks/command_time.py", "--rounds", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["records"] == 1000
+    assert set(result["ratios"]) == {f"zerofleet {verb}" for verb in ("--help", "plan", "jobs", "status", "logs")}
+    assert all(spread["median"] > 0 for spread in result["ratios"].values())
