@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ class Zerofleet:
     recipe: Path
     environment: dict[str, str]
     prefix: Callable[..., list[str]] = lambda *command: list(command)
-    submitted: list[str] = field(default_factory=list)
 
     def process(self, *arguments: str) -> subprocess.Popen[str]:
         command = self.prefix(sys.executable, "-P", "-m", "launcher.cli.main", *arguments)
@@ -83,9 +82,13 @@ class Zerofleet:
     def submit(self, profile: Path, run_directory: Path, *overrides: str) -> str:
         """Submit the recipe; returns the job's id."""
         options = ("--profile", str(profile), "--run-dir", str(run_directory), "--json")
-        record = json.loads(self.ok("submit", str(self.recipe), *overrides, *options))
-        self.submitted.append(record["id"])
-        return str(record["id"])
+        return str(json.loads(self.ok("submit", str(self.recipe), *overrides, *options))["id"])
+
+    def end_jobs(self, backend: str) -> None:
+        """End what still runs on a backend, while it can still be asked to."""
+        for path in (Path(self.environment["XDG_STATE_HOME"]) / "zerofleet" / "jobs").glob("*.json"):
+            if json.loads(path.read_text())["backend"] == backend:
+                self.run("cancel", path.stem, "--now", "--wait")
 
     def status(self, job: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.ok("status", job, "--json"))
@@ -182,18 +185,16 @@ def zerofleet(workplace: Path) -> Iterator[Zerofleet]:
     command = Zerofleet(recipe, environment)
     command.ok("prepare", str(recipe))
     yield command
-    for job in command.submitted:
-        command.run("cancel", job, "--now", "--wait")
+    command.end_jobs("local")
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(zerofleet: Zerofleet, workplace: Path) -> Iterator[Path]:
+def uninterrupted(zerofleet: Zerofleet, workplace: Path) -> Path:
     """The run that others are compared with: on the local backend, on two Ray nodes. It goes on while they run."""
     profile = write_profile(workplace / "local.yaml", backend="local")
     run_directory = workplace / "uninterrupted"
-    job = zerofleet.submit(profile, run_directory, f"max_steps={LONG}")
-    yield run_directory
-    zerofleet.run("cancel", job, "--now")
+    zerofleet.submit(profile, run_directory, f"max_steps={LONG}")
+    return run_directory
 
 
 @pytest.fixture(scope="session")
@@ -205,6 +206,7 @@ def slurm(zerofleet: Zerofleet) -> Iterator[SlurmCluster]:
         with SlurmCluster(Path(name), nodes=2) as cluster:
             zerofleet.environment.update(cluster.environment)
             yield cluster
+            zerofleet.end_jobs("slurm")
 
 
 @pytest.fixture
@@ -221,6 +223,7 @@ def ssh_server(zerofleet: Zerofleet) -> Iterator[SshServer]:
         pytest.skip(f"not installed: {', '.join(missing)} (see .ci/apt-packages.txt)")
     with tempfile.TemporaryDirectory(prefix="zfssh-") as name, SshServer(Path(name)) as server:
         yield server
+        zerofleet.end_jobs("ssh")
 
 
 @pytest.fixture(scope="session")
@@ -233,8 +236,10 @@ def ray_cluster(zerofleet: Zerofleet) -> Iterator[tuple[Zerofleet, dict[str, Any
         with HostRay() as host:
             command = replace(zerofleet, environment={**zerofleet.environment, **host.environment})
             yield command, {"backend": "ray", "ray": {"dashboard_address": host.url, "python": sys.executable}}
+            command.end_jobs("ray")
         return
     with tempfile.TemporaryDirectory(prefix="zfnet-") as name, Network(Path(name)) as lab, NetworkRay(lab) as cluster:
         environment = {**zerofleet.environment, **cluster.environment}
         command = replace(zerofleet, environment=environment, prefix=lab.machines[1].command)
         yield command, {"backend": "ray", "address": cluster.address, "ray": {"python": sys.executable}}
+        command.end_jobs("ray")

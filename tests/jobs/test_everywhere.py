@@ -194,6 +194,8 @@ def test_ssh_and_a_record_that_is_lost(on_ssh: Life, zerofleet: Zerofleet, workp
     assert zerofleet.run("status", on_ssh.status["id"])[0] == 2
     assert zerofleet.status(str(on_ssh.run_directory)) == on_ssh.status, "adopted by the run directory"
     assert json.loads(record.read_text()) == json.loads(before)
+    listed = zerofleet.ok("jobs", "--all").splitlines()[1:]
+    assert len(listed) == len(list(record.parent.glob("*.json"))), "a line each, whatever their paths hold"
 
 
 @pytest.mark.ray
