@@ -45,8 +45,8 @@ def _row(view: "JobView") -> list[str]:
     now = view.status
     state = f"{now.state} ({now.reason})" if now.state == "PENDING" and now.reason else now.state.value
     where = f"{record.backend} {record.backend_id}" if record.backend in ("slurm", "ray") else record.backend
-    age = readable_seconds(time.time() - record.submitted)
-    return [record.id, record.name, state, where, step, f"{loss:.4f}" if loss else "-", age, _on_a_line(record.run_directory)]
+    age, directory = readable_seconds(time.time() - record.submitted), _on_a_line(record.run_directory)
+    return [record.id, record.name, state, where, step, f"{loss:.4f}" if loss else "-", age, directory]
 
 
 def _on_a_line(path: str) -> str:
