@@ -29,6 +29,9 @@ DEFAULT_MINUTES = 0
 SIGNAL_SLACK_S = 60
 """sbatch(1), --signal: the signal may come this much earlier than said."""
 
+ALREADY_GONE = "Invalid job id specified"
+"""What scancel says of a job that has ended."""
+
 
 class SlurmBackend:
     """Submits through sbatch, asks squeue, cancels through scancel."""
@@ -91,8 +94,12 @@ class SlurmBackend:
             run_slurm("scancel", record.backend_id)
             return f"Slurm job {record.backend_id} is cancelled"
         run_slurm("scancel", "--state=PENDING", record.backend_id)
-        # To the job's steps alone: the agent of the first node hands it on to the driver, which saves.
-        run_slurm("scancel", "--state=RUNNING", "--signal=TERM", record.backend_id)
+        try:
+            # To the job's steps alone: the agent of the first node hands it on to the driver, which saves.
+            run_slurm("scancel", "--state=RUNNING", "--signal=TERM", record.backend_id)
+        except BackendError as error:
+            if ALREADY_GONE not in str(error):  # what had waited is gone by now
+                raise
         return f"Slurm job {record.backend_id} saves and ends; if it still waits, it is cancelled"
 
 
