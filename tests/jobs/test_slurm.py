@@ -51,7 +51,8 @@ def save(*_):
     os._exit(130)
 ray.init(log_to_driver=False, logging_level="ERROR")
 signal.signal(signal.SIGTERM, save)
-(folder / "nodes").write_text(str(sum(node["Alive"] for node in ray.nodes())))
+(folder / "nodes.new").write_text(str(sum(node["Alive"] for node in ray.nodes())))
+(folder / "nodes.new").rename(folder / "nodes")
 while not (folder / "go").exists():
     time.sleep(0.1)
 print("answer", ray.get(ray.remote(lambda: 42).remote()), flush=True)
@@ -107,7 +108,8 @@ class Job:
 
     def wait_for_driver(self) -> int:
         """How many nodes its driver sees."""
-        return int(wait_for((self.folder / "nodes").exists, "driver", 60) and (self.folder / "nodes").read_text())
+        wait_for((self.folder / "nodes").exists, "driver", 150)
+        return int((self.folder / "nodes").read_text())
 
     def log(self) -> str:
         return BACKEND.log(self.record, 0, None).read(0).decode()
@@ -147,20 +149,30 @@ def test_two_jobs_on_one_node_leave_each_others_ray_alone(submit: Callable[..., 
     assert (code, err) == (2, f"job {second.record.id} has ended already: COMPLETED\n")
 
 
-def test_a_killed_slurmd_and_a_scancel_from_outside(submit: Callable[..., Job], slurm_here: SlurmCluster):
+@pytest.mark.timeout(600)
+def test_preemption_a_killed_slurmd_and_a_scancel_from_outside(submit: Callable[..., Job], slurm_here: SlurmCluster):
     job = submit("job", nodes=2)
+    assert job.wait_for_driver() == 2
+    slurm_here.command(
+        "sbatch", "--partition=high", "--nodelist=n2", "--exclusive", "--output=/dev/null", "--wrap=true"
+    )
+    job.wait_for(JobState.PENDING)
+    assert (job.folder / "saved").exists()
+    assert "SIGUSR2: saved and ended, to be requeued" in BACKEND.log(job.record, 0, 1).read(0).decode()
+    (job.folder / "nodes").unlink()
+
     assert job.wait_for_driver() == 2
     slurm_here.stop("n2", signal.SIGKILL)
     try:
         status = job.wait_for(JobState.PENDING)
         assert status.native == "PENDING"
         waiting = wait_for(lambda: job.status().reason not in ("", "BeginTime") and job.status(), "a reason", 30)
-        assert (waiting.state, waiting.starts) == (JobState.PENDING, 1)
+        assert (waiting.state, waiting.starts) == (JobState.PENDING, 2)
         (job.folder / "nodes").unlink()
     finally:
         slurm_here.start_node("n2")
     assert job.wait_for_driver() == 2
-    assert (job.status().state, job.status().starts) == (JobState.RUNNING, 2)
+    assert (job.status().state, job.status().starts) == (JobState.RUNNING, 3)
     slurm_here.command("scancel", job.record.backend_id)
     status = job.wait_for(JobState.CANCELLED)
     assert (status.native, status.reason) == ("CANCELLED", "SIGTERM: saved and ended")
