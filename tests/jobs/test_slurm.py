@@ -298,7 +298,7 @@ def test_the_readmes_five_minutes_on_slurm(zerofleet: Zerofleet, slurm: SlurmClu
     assert re.search(r"my-recipe: submitted to slurm as \d+, ", submitted)
     assert re.search(r"my-recipe  (PENDING|RUNNING)", status)
     assert "the first step is made; it took" in log
-    assert re.search(r"my-recipe  COMPLETED  slurm \d+ +60/60  ", jobs)
+    assert re.search(r"my-recipe +COMPLETED +slurm \d+ +60/60 ", jobs)
 
 
 def test_a_sweep_runs_its_grid_and_compares_the_last_losses(zerofleet: Zerofleet, slurm: SlurmCluster, workplace: Path):
