@@ -11,6 +11,8 @@ import torch
 import torch.distributed.distributed_c10d as c10d
 from torch.nn.utils import get_total_norm
 
+from launcher.planning.layout import Layout
+
 
 def quiet_known_warnings() -> None:
     """Hide torch's deprecation warnings of collectives that DeepSpeed calls; nothing a user could change."""
@@ -48,6 +50,18 @@ def avoid_compiler_import() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
+def averaging_ranks(layout: Layout, zero_stage: int) -> int:
+    """By how many ranks DeepSpeed divides the sum of all ranks' gradients.
+
+    It means to divide by the data-parallel size. Under sequence parallelism stages 0 to 2 do (`runtime/engine.py:
+    allreduce_bucket` and `runtime/zero/stage_1_and_2.py` divide by `world size / sequence_parallel_size`); stage 3
+    divides by all ranks of both kinds.
+    """
+    if zero_stage == 3:
+        return layout.data_parallel_size * layout.sequence_parallel_size
+    return layout.data_parallel_size
+
+
 def step_and_norm(engine: Any, zero_stage: int, precision: str) -> float | None:
     """Make the engine's optimizer step and return the global gradient norm before clipping.
 
@@ -56,13 +70,28 @@ def step_and_norm(engine: Any, zero_stage: int, precision: str) -> float | None:
     """
     norm: float | None = None
     if zero_stage == 0 and precision == "fp32":
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = float(get_total_norm(gradients))
+        norm = _gradient_norm(engine)
     engine.step()
     if norm is None:
         known = engine.get_global_grad_norm()
         norm = None if known is None else float(known)
     return norm
+
+
+def _gradient_norm(engine: Any) -> float:
+    """The norm of whole gradients on every rank; of tensor-parallel ranks, each holds a part of the sharded ones."""
+    whole: list[torch.Tensor] = []
+    parts: list[torch.Tensor] = []
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            (parts if getattr(parameter, "tensor_model_parallel", False) else whole).append(parameter.grad)
+    if not parts:
+        return float(get_total_norm(whole))
+    from deepspeed.utils import groups
+
+    square = get_total_norm(parts).square()
+    torch.distributed.all_reduce(square, group=groups.get_tensor_model_parallel_group())
+    return float((square + get_total_norm(whole).square()).sqrt())
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
@@ -85,16 +114,55 @@ def loading_only_data() -> Iterator[None]:
     DeepSpeed reads its files with `weights_only=False`, which runs whatever a file says
     (`runtime/checkpoint_engine/torch_checkpoint_engine.py: load`, `checkpoint/universal_checkpoint.py`).
     """
+    # Not torch's `safe_globals` block: within another one, its end would forbid the classes to the outer one too.
+    torch.serialization.add_safe_globals(_checkpoint_classes())
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals(_checkpoint_classes()):
-            yield
+        yield
     finally:
         if before is None:
             del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         else:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+@contextmanager
+def loading_universal(engine: Any) -> Iterator[None]:
+    """Let `engine.load_checkpoint` read the universal form, as data only and through the memory map.
+
+    DeepSpeed reads the form with `torch.load` itself, every file whole on every rank
+    (`runtime/zero/stage3.py: load_hp_checkpoint_state_from_checkpoint_dir_stage3`); mapped, a rank reads its part.
+    """
+    from torch.utils.serialization import config
+
+    engine._config.load_universal_checkpoint = True
+    mapped, config.load.mmap = config.load.mmap, True
+    try:
+        with loading_only_data():
+            yield
+    finally:
+        engine._config.load_universal_checkpoint = False
+        config.load.mmap = mapped
+
+
+def mend_optimizer_after_universal_load(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Set right what the universal load of the pinned DeepSpeed leaves wrong in PyTorch's optimizer.
+
+    ZeRO 3 gives every group the options of the first one, so that biases and norms would be decayed, and gives all flat
+    tensors one and the same step counter, which PyTorch's fused Adam then raises once for each of them
+    (`runtime/zero/stage3.py: load_hp_checkpoint_state_from_checkpoint_dir_stage3`). All stages leave the counter on the
+    device that wrote it.
+
+    Args:
+        optimizer: inside DeepSpeed's.
+        groups: the options that were saved, by group.
+    """
+    for group, options in zip(optimizer.param_groups, groups, strict=True):
+        group.update({key: value for key, value in options.items() if key != "params"})
+    for parameter, state in optimizer.state.items():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone().to(parameter.device)
 
 
 def _checkpoint_classes() -> list[Any]:

@@ -1,13 +1,17 @@
 """What the ranks of `ranks.py` can be asked to do; runs in their processes."""
 
+import ctypes
 import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from launcher.data.store import PreparedData
+from launcher.models.parallel import whole_logits
+from launcher.models.sequence import whole_sequences
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory
 from launcher.training.context import Heartbeat, WorkerContext
@@ -20,12 +24,29 @@ def _context(run_directory: str) -> WorkerContext:
 
 
 def run(run_directory: str, data: str, stop_after: int | None = None) -> dict[str, Any]:
-    """Train the plan in a run directory; `stop_after` asks to stop during that step's successor."""
+    """Train the plan in a run directory; `stop_after` asks to stop during that step's successor.
+
+    The result has the rank's notices besides.
+    """
     plan = Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
     context = _context(run_directory)
     if stop_after is not None:
         _stop_at(context, stop_after)
-    return asdict(train(plan, context, PreparedData.load(Path(data)), torch.device("cpu")))
+    try:
+        result = train(plan, context, PreparedData.load(Path(data)), torch.device("cpu"))
+        return {**asdict(result), "notices": context.heartbeat.read().notices}
+    finally:
+        forget_groups()
+
+
+def forget_groups() -> None:
+    """Let the next case make other groups: DeepSpeed keeps those of a process in module globals."""
+    from deepspeed.module_inject.layers import set_autotp_mode
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+    ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
+    set_autotp_mode(training=False)
 
 
 def _stop_at(context: WorkerContext, step: int) -> None:
@@ -40,16 +61,38 @@ def _stop_at(context: WorkerContext, step: int) -> None:
     heartbeat.enter = watching  # type: ignore[method-assign]
 
 
+def run_hidden(run_directory: str, data: str, rank: int, folder: str) -> dict[str, Any]:
+    """Train, but one rank sees an empty disk of its own in the place of a folder, as a node without the mount would."""
+    if int(os.environ["RANK"]) == rank:
+        hide(folder)
+    return run(run_directory, data)
+
+
+def hide(folder: str) -> None:
+    """Mount an empty tmpfs over a folder, for this process alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    private, recursive, new_mounts = 1 << 18, 1 << 14, 0x20000
+    calls = (
+        lambda: libc.unshare(new_mounts),
+        lambda: libc.mount(b"none", b"/", None, private | recursive, None),
+        lambda: libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=1m"),
+    )
+    for call in calls:
+        if call() != 0:
+            raise OSError(ctypes.get_errno(), "cannot mount")
+
+
 def logits(run_directory: str, data: str, input_ids: list[list[int]]) -> list[Any]:
     """Logits of the engine resumed from the newest checkpoint."""
     plan = Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
     session = open_session(plan, _context(run_directory), PreparedData.load(Path(data)), torch.device("cpu"))
     session.engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), whole_logits(session.engine), whole_sequences(session.engine):
         output = session.engine(input_ids=torch.tensor(input_ids), use_cache=False).logits
     if session.monitor is not None:
         session.monitor.close()
     session.engine.destroy()
+    forget_groups()
     result: list[Any] = output.float().tolist()
     return result
 
@@ -68,4 +111,5 @@ def initial_weights(run_directory: str, data: str) -> dict[str, Any]:
     if session.monitor is not None:
         session.monitor.close()
     session.engine.destroy()
+    forget_groups()
     return sums
