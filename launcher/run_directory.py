@@ -65,6 +65,11 @@ class RunDirectory:
         return self.path / "events.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        """What the running attempt has spent its time on (JSON), replaced every few seconds."""
+        return self.path / "ledger.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a logged step or evaluation."""
         return self.path / "metrics.jsonl"

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import psutil
+
 from cluster import registry
 from cluster.backends import backend_for
 from cluster.profile import Profile
@@ -74,8 +76,9 @@ def run_foreground(plan: Plan, profile: Profile, run_directory: RunDirectory, ob
         write_run(run_directory, plan)
         record_provenance(run_directory.provenance, profile)
         os.environ.update(profile.environment)
+        started = psutil.Process().create_time()
         with _ray(profile, plan) as check_alive:
-            return drive(run_directory, observer, check_alive)
+            return drive(run_directory, observer, check_alive, {"started": started, "nodes_joined": time.time()})
 
 
 @contextmanager

@@ -15,8 +15,10 @@ from launcher.cli.plan import plan
 from launcher.cli.prepare import prepare
 from launcher.cli.profile import profile
 from launcher.cli.recipes import recipes
+from launcher.cli.report import report
 from launcher.cli.run import export, run
 from launcher.cli.schema import schema
+from launcher.cli.simulate import simulate
 from launcher.cli.submit import submit, sweep
 from launcher.cli.tensorboard import tensorboard
 
@@ -38,8 +40,10 @@ app.command()(status)
 app.command()(logs)
 app.command()(attach)
 app.command()(cancel)
+app.command()(report)
 app.command()(sweep)
 app.command()(plan)
+app.command()(simulate)
 app.command()(prepare)
 app.command()(export)
 app.command()(tensorboard)

@@ -9,25 +9,26 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster.types import STOP_FILE_VARIABLE
+from cluster.types import PHASES_VARIABLE, STOP_FILE_VARIABLE
 from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import faults_of, read_manifest
 from launcher.checkpoints.resumable import check_resumable, recipe_changes
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
 from launcher.orchestration.failure import FailureKind
+from launcher.orchestration.journal import Journal
 from launcher.orchestration.observers import JobObserver, Notices, Observer
 from launcher.orchestration.policy import FailurePolicy
 from launcher.orchestration.run_lock import holding
 from launcher.orchestration.supervisor import RunState, Supervisor
 from launcher.planning.plan import Plan
-from launcher.run_directory import RunDirectory, append_json_line, write_atomically
+from launcher.run_directory import RunDirectory, write_atomically
 
 CONNECT_TIMEOUT_S = 60.0
 
@@ -68,9 +69,18 @@ def completed_summary(run_directory: RunDirectory, plan: Plan) -> dict[str, Any]
 
 
 def drive(
-    run_directory: RunDirectory, observer: Observer, check_alive: Callable[[], None] = lambda: None
+    run_directory: RunDirectory,
+    observer: Observer,
+    check_alive: Callable[[], None] = lambda: None,
+    moments: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Prepare data, connect, supervise; returns the summary.
+
+    Args:
+        run_directory: of the run.
+        observer: told what happens.
+        check_alive: raises when the cluster's head is known to have ended.
+        moments: Unix times of what came before: `submitted`, `started`, `ray_head`, `nodes_joined`.
 
     Raises:
         ExpectedError: what a person must change; `TrainingError` holds the failing rank's traceback.
@@ -78,16 +88,15 @@ def drive(
     plan = read_plan(run_directory)
     started = time.time()
 
-    def on_event(state: RunState, facts: dict[str, Any]) -> None:
-        record = {"time": round(time.time(), 3), "state": state.value, **facts}
-        _append(run_directory.events, record, observer)
-        observer.event(state, facts)
-
+    journal = Journal(run_directory, observer, tensorboard=plan.recipe.logging.tensorboard)
     prepared = _prepare(plan, run_directory, observer)
-    _check_checkpoint(plan, run_directory, prepared.fingerprint, observer)
-    on_event(RunState.STARTING, {"seconds_to_prepare": round(time.time() - started, 2)})
+    saved_step = _check_checkpoint(plan, run_directory, prepared.fingerprint, observer)
+    journal.starting(moments or {}, {"seconds_to_prepare": round(time.time() - started, 2)})
     connect(check_alive)
-    supervisor = _supervise(plan, run_directory, observer, on_event)
+    try:
+        supervisor = _supervise(plan, run_directory, observer, journal, saved_step)
+    finally:
+        journal.close()
     if supervisor.state is RunState.FAILED:
         cause = supervisor.cause
         if cause is not None and cause.kind is FailureKind.EXPECTED:
@@ -99,14 +108,6 @@ def drive(
     if supervisor.state is RunState.COMPLETE:
         write_atomically(run_directory.summary, json.dumps(summary, indent=1))
     return summary
-
-
-def _append(path: Path, record: dict[str, Any], observer: Observer) -> None:
-    """Record a fact; a full disk must not keep the run from ending as it should, so it is only said."""
-    try:
-        append_json_line(path, record)
-    except OSError as error:
-        observer.message(f"{path.name} cannot be written: {error.strerror}")
 
 
 def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any:
@@ -130,7 +131,7 @@ def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any
     return prepared
 
 
-def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str, observer: Observer) -> None:
+def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str, observer: Observer) -> int:
     """Before any worker starts: tidy up after interrupted saves, refuse a checkpoint of another recipe.
 
     Here only sizes are compared; the workers compare checksums, each of a part of the files.
@@ -141,7 +142,8 @@ def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str,
         if not faults_of(folder, contents=False):
             check_resumable(read_manifest(folder), plan, fingerprint, folder)
             observer.message(f"resuming from {folder.name}")
-            return
+            return folders.step_of(folder)
+    return 0
 
 
 def connect(check_alive: Callable[[], None]) -> None:
@@ -202,7 +204,8 @@ def _supervise(
     plan: Plan,
     run_directory: RunDirectory,
     observer: Observer,
-    on_event: Callable[[RunState, dict[str, Any]], None],
+    journal: Journal,
+    saved_step: int,
 ) -> Supervisor:
     from launcher.orchestration.worker_group import GroupShape, WorkerGroup
 
@@ -215,21 +218,18 @@ def _supervise(
     )
     group = WorkerGroup(run_directory, shape)
     policy = FailurePolicy(plan.recipe.fault_tolerance)
-    attempt: dict[str, Any] = {}
 
-    def record_attempt(state: RunState, facts: dict[str, Any]) -> None:
+    def on_event(state: RunState, facts: dict[str, Any]) -> None:
         if state is RunState.RUNNING:
             facts = {**facts, "workers": [_whereabouts(rank, place) for rank, place in enumerate(group.placements)]}
-            attempt.update(attempt=facts["attempt"], started=time.time(), workers=facts["workers"])
-        on_event(state, facts)
-        if attempt and (state.is_final or state is RunState.RECOVERING):
-            record = {**attempt, "ended": time.time(), "outcome": state.value, "facts": facts}
-            _append(run_directory.attempts, record, observer)
-            attempt.clear()
+        journal.look(supervisor.status)
+        journal.event(state, facts)
         if state in (RunState.RECOVERING, RunState.FAILED) and supervisor.failure_text:
             observer.message(supervisor.failure_text)
 
-    supervisor = Supervisor(group, policy, time.monotonic, time.sleep, record_attempt)
+    supervisor = Supervisor(
+        group, policy, time.monotonic, time.sleep, on_event, saved_step, on_straggler=journal.straggler
+    )
     try:
         with _interrupts(supervisor, observer):
             stop_file = os.environ.get(STOP_FILE_VARIABLE)
@@ -237,6 +237,7 @@ def _supervise(
             while not supervisor.step().is_final:
                 notices.show(supervisor.attempt, supervisor.status)
                 observer.progress(supervisor.status)
+                journal.look(supervisor.status)
                 if stop_file is not None and Path(stop_file).exists():
                     supervisor.request_stop()
             notices.show(supervisor.attempt, supervisor.status)
@@ -326,7 +327,7 @@ def main() -> int:
             if summary is not None:
                 observer.message("the run is complete already: nothing to do")
                 return 0
-            summary = drive(run_directory, observer)
+            summary = drive(run_directory, observer, moments=json.loads(os.environ.get(PHASES_VARIABLE, "{}")))
     except ExpectedError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -1,11 +1,13 @@
 """The state machine over a run's attempts. Pure: the worker group and the clock are passed in, so tests can step it."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
 from launcher.errors import ResourceError
+from launcher.orchestration.detection import Hang, HangDetector, Straggler, StragglerDetector
 from launcher.orchestration.failure import (
     Failure,
     FailureKind,
@@ -85,6 +87,14 @@ class Group(Protocol):
         """Start every rank, on none of the nodes to avoid if that can be; returns when their training threads run."""
         ...
 
+    def node_of(self, rank: int) -> str:
+        """Host name of a rank's node."""
+        ...
+
+    def examine(self, hang: Hang) -> str:
+        """Keep what can be learned of a group that stands still, before it is ended; says where that is."""
+        ...
+
     def poll(self) -> GroupStatus:
         """Look at the group; returns within the poll interval, at once when a rank ended."""
         ...
@@ -108,6 +118,8 @@ class Supervisor:
         sleep: waits that many seconds.
         on_event: told every change: (state, facts).
         saved_step: of the newest checkpoint when the run begins.
+        on_straggler: told of a rank that is slow.
+        wall_clock: Unix time.
     """
 
     def __init__(
@@ -118,6 +130,8 @@ class Supervisor:
         sleep: Callable[[float], None],
         on_event: Callable[[RunState, dict[str, Any]], None],
         saved_step: int = 0,
+        on_straggler: Callable[[Straggler], None] = lambda straggler: None,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.group = group
         self.policy = policy
@@ -125,12 +139,16 @@ class Supervisor:
         self.sleep = sleep
         self.on_event = on_event
         self.saved_step = saved_step
+        self.on_straggler = on_straggler
+        self.wall_clock = wall_clock
         self.state = RunState.STARTING
         self.attempt = 0
         self.status = GroupStatus()
         self.failure_text = ""
         self.cause: Failure | None = None
         self.verdict: Verdict | None = None
+        self._hangs = HangDetector(policy.settings, group.node_of)
+        self._stragglers = StragglerDetector(policy.settings, group.node_of)
         self._stop_reason: str | None = None
         self._stop_by: float | None = None
         self._not_before = 0.0
@@ -179,6 +197,8 @@ class Supervisor:
             return
         self.attempt += 1
         self.status = GroupStatus()
+        self._hangs.reset()
+        self._stragglers.reset()
         try:
             self.group.start(self.attempt, self.policy.excluded)
         except ResourceError as error:
@@ -223,8 +243,21 @@ class Supervisor:
             self.group.stop()
             final = RunState.COMPLETE if result["status"] == "complete" else RunState.STOPPED
             self._enter(final, step=result["step"], **({"reason": self._stop_reason} if self._stop_reason else {}))
+        elif (hang := self._hangs.look(self.clock(), self.status.beats)) is not None:
+            self._recover([self._hung(hang)])
         elif self._stop_reason is not None:
             self._drain(self._stop_reason)
+        else:
+            for straggler in self._stragglers.look(self.status.beats):
+                self.on_straggler(straggler)
+
+    def _hung(self, hang: Hang) -> Failure:
+        first = hang.suspects[0]
+        kept = self.group.examine(hang)
+        message = f"{hang}\n{kept}" if kept else str(hang)
+        return Failure(
+            first.rank, FailureKind.HUNG, message, "", first.step, first.phase.value, self.wall_clock(), first.node
+        )
 
     def _drain(self, reason: str) -> None:
         """See how far the workers are with saving, and end them when their time is over."""
@@ -248,6 +281,7 @@ class Supervisor:
         cause = first_cause(failures)
         verdict = classify(cause)
         self.cause, self.verdict, self.failure_text = cause, verdict, describe(failures)
+        noticed = self.clock()
         self.group.stop()
         facts: dict[str, Any] = {
             "rank": cause.rank,
@@ -260,6 +294,7 @@ class Supervisor:
             "message": cause.message,
             "failed_at": cause.time,
             "saved_step": self.saved_step,
+            "teardown_seconds": round(self.clock() - noticed, 3),
         }
         if self._stop_reason is not None and cause.kind is not FailureKind.EXPECTED:
             text = f"a worker failed while the run was being stopped ({self._stop_reason})"

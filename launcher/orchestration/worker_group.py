@@ -11,7 +11,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launcher.errors import ResourceError
+from launcher.orchestration.detection import Hang
 from launcher.orchestration.failure import Failure, FailureKind
+from launcher.orchestration.stacks import collect
 from launcher.orchestration.supervisor import GroupStatus
 from launcher.orchestration.worker import Placement, Worker
 from launcher.run_directory import RunDirectory
@@ -19,6 +21,9 @@ from launcher.training.context import Beat
 
 POLL_INTERVAL_S = 1.0
 """Between two looks at the heartbeats. A rank's end does not wait for it: `ray.wait` returns at once."""
+MAX_STACKS = 16
+"""At most so many suspects' stacks are taken."""
+ANSWER_TIMEOUT_S = 0.2
 PLACEMENT_TIMEOUT_S = 30.0
 """How long to wait for resources that the cluster has but that others hold at the moment."""
 
@@ -60,6 +65,7 @@ class WorkerGroup:
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._waits: dict[Any, int] = {}
+        self._questions: dict[Any, int] = {}
         self._beats: dict[int, Beat] = {}
         self._failures: list[Failure] = []
         self._results: dict[int, dict[str, Any]] = {}
@@ -106,6 +112,18 @@ class WorkerGroup:
         ]
         self._waits = {actor.wait.remote(): rank for rank, actor in enumerate(self._actors)}
         del starts  # a failing start ends the actor or leaves its thread unstarted; wait() and poll() show it
+
+    def node_of(self, rank: int) -> str:
+        """Host name of a rank's node."""
+        return str(self.placements[rank]["hostname"]) if rank < len(self.placements) else ""
+
+    def examine(self, hang: Hang) -> str:
+        """Write the stacks of the suspects, and of one rank that waits for them, to `logs/hang-STEP/`."""
+        suspects = [suspect.rank for suspect in hang.suspects]
+        others = [rank for rank in range(self.world_size) if rank not in suspects]
+        folder = self.run_directory.logs / f"hang-{hang.suspects[0].step}"
+        written = collect(self.placements, [*suspects[:MAX_STACKS], *others[:1]], folder)
+        return f"stacks: {', '.join(str(path) for path in written)}"
 
     def _reserve(self, avoid: Sequence[str]) -> PlacementGroup:
         fitting = fitting_nodes(self.shape)
@@ -175,15 +193,23 @@ class WorkerGroup:
             )
 
     def _collect_beats(self) -> None:
-        asked = {self._actors[rank].poll.remote(): rank for rank in self._waits.values()}
-        if not asked:
+        """Ask every rank that has answered the last question; one that hangs is not asked again and again."""
+        waiting = set(self._questions.values())
+        for rank in self._waits.values():
+            if rank not in waiting:
+                self._questions[self._actors[rank].poll.remote()] = rank
+        if not self._questions:
             return
-        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_INTERVAL_S)
+        # Most answer at once; what comes later is read at the next look.
+        ready, _ = ray.wait(list(self._questions), num_returns=len(self._questions), timeout=ANSWER_TIMEOUT_S)
         for reference in ready:
+            rank = self._questions.pop(reference)
             try:
-                self._beats[asked[reference]] = ray.get(reference)
+                beat = ray.get(reference)
             except RayError:
                 continue  # its wait() tells
+            if rank not in self._results:
+                self._beats[rank] = beat
 
     def _died(self, rank: int, why: str, *, preempted: bool = False) -> Failure:
         beat = self._beats.get(rank)
@@ -207,7 +233,7 @@ class WorkerGroup:
         """End every rank now and free the placement group."""
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
-        self._actors, self._waits = [], {}
+        self._actors, self._waits, self._questions = [], {}, {}
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None

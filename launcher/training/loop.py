@@ -166,6 +166,7 @@ def train_step(session: Session, step_batch: StepBatch) -> StepReport:
         heartbeat.enter(Phase.FORWARD)
         output = task.loss(engine, to_device(host_batch, session.device))
         if index == 0:
+            heartbeat.enter(Phase.AGREE)
             num_targets, stop = agreement.read()
         heartbeat.enter(Phase.BACKWARD)
         scale = session.plan.layout.data_parallel_size / max(num_targets, 1)
