@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import PlanError, Problem
 from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config, with_batch
-from launcher.planning.families import list_parameters
+from launcher.planning.estimate import estimate_ranks, states_by_zero_stage
 from launcher.planning.layout import (
     BatchPlan,
     Layout,
@@ -20,7 +20,7 @@ from launcher.planning.layout import (
     make_layout,
     resize_batch,
 )
-from launcher.planning.memory import MemoryPlan, memory_by_stage, state_settings, uncounted_reason
+from launcher.planning.memory import MemoryPlan, uncounted_reason
 from launcher.planning.model_shape import (
     ModelShape,
     check_model,
@@ -28,6 +28,7 @@ from launcher.planning.model_shape import (
     unknown_reason,
     unread_fields,
 )
+from launcher.planning.rank_memory import RankMemory
 from launcher.recipe.schema import Recipe
 
 Arguments = ParamSpec("Arguments")
@@ -49,6 +50,7 @@ class Plan(BaseModel):
             known.
         memory: bytes per rank of the model states; `None` when `model` is, or when a DeepSpeed setting is not counted.
         memory_by_stage: the same under each ZeRO stage, for comparison.
+        ranks: everything that the ranks of each pipeline stage hold; `None` when `memory` is.
         deepspeed_config: the exact JSON that `deepspeed.initialize` gets.
         notes: what a person should know, such as why `model` is `None`.
     """
@@ -65,6 +67,7 @@ class Plan(BaseModel):
     model: ModelShape | None
     memory: MemoryPlan | None
     memory_by_stage: dict[int, MemoryPlan] | None = None
+    ranks: tuple[RankMemory, ...] | None = None
     deepspeed_config: dict[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -133,10 +136,10 @@ def _assemble(
     deepspeed: DeepSpeedPlan,
 ) -> Plan:
     model = None if config is None else model_shape(config)
-    by_stage = None
+    by_stage = ranks = None
     if config is not None and model is not None and uncounted_reason(deepspeed.config) is None:
-        settings = state_settings(deepspeed, recipe.training.precision, layout.data_parallel_size)
-        by_stage = memory_by_stage(list_parameters(config), settings)
+        by_stage = states_by_zero_stage(recipe, config, layout, deepspeed)
+        ranks = estimate_ranks(recipe, config, layout, batch, deepspeed, resources.device)
     return Plan(
         recipe=recipe,
         resources=resources,
@@ -147,6 +150,7 @@ def _assemble(
         model=model,
         memory=None if by_stage is None else by_stage[deepspeed.zero_stage],
         memory_by_stage=by_stage,
+        ranks=ranks,
         deepspeed_config=deepspeed.config,
         notes=tuple(_notes(recipe, resources, config, deepspeed)),
     )
