@@ -75,6 +75,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def skipped(self) -> Path:
+        """One JSON object a range of samples that is left out because their loss was bad."""
+        return self.path / "skipped.jsonl"
+
+    @property
     def progress(self) -> Path:
         """How far the running job is (JSON), replaced about once a second."""
         return self.path / "progress.json"

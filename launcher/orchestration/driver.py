@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from cluster.types import PHASES_VARIABLE, STOP_FILE_VARIABLE
-from launcher.checkpoints import folders
+from launcher.checkpoints import fault_plan, folders
 from launcher.checkpoints.manifest import faults_of, read_manifest
 from launcher.checkpoints.resumable import check_resumable, recipe_changes
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
@@ -32,6 +32,8 @@ from launcher.run_directory import RunDirectory, write_atomically
 
 CONNECT_TIMEOUT_S = 60.0
 
+NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""What Slurm, Kubernetes and clouds send some time before they take a machine away."""
 SIGNAL_ECHO_S = 2.0
 """A second SIGTERM this soon is the first one by another way: Slurm may send it to every process of a job."""
 
@@ -214,7 +216,8 @@ def _supervise(
         workers_per_node=plan.resources.workers_per_node,
         cpus_per_worker=plan.resources.cpus_per_worker,
         device=plan.resources.device,
-        environment={name: os.environ[name] for name in plan.resources.environment_names if name in os.environ},
+        environment={name: os.environ[name] for name in plan.resources.environment_names if name in os.environ}
+        | fault_plan.environment(),
     )
     group = WorkerGroup(run_directory, shape)
     policy = FailurePolicy(plan.recipe.fault_tolerance)
@@ -231,15 +234,16 @@ def _supervise(
         group, policy, time.monotonic, time.sleep, on_event, saved_step, on_straggler=journal.straggler
     )
     try:
-        with _interrupts(supervisor, observer):
+        with _interrupts(supervisor, observer, plan.recipe.fault_tolerance.save_before_end_seconds):
             stop_file = os.environ.get(STOP_FILE_VARIABLE)
+            grace = plan.recipe.fault_tolerance.save_before_end_seconds
             notices = Notices(observer)
             while not supervisor.step().is_final:
                 notices.show(supervisor.attempt, supervisor.status)
                 observer.progress(supervisor.status)
                 journal.look(supervisor.status)
                 if stop_file is not None and Path(stop_file).exists():
-                    supervisor.request_stop()
+                    supervisor.request_stop("the job's time is over, or it was asked to stop", grace)
             notices.show(supervisor.attempt, supervisor.status)
             observer.progress(supervisor.status)
     finally:
@@ -253,21 +257,26 @@ def _whereabouts(rank: int, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _interrupts(supervisor: Supervisor, observer: Observer) -> Iterator[None]:
-    """First Ctrl-C or SIGTERM: save and end at the next step. Second: end at once."""
+def _interrupts(supervisor: Supervisor, observer: Observer, grace_seconds: float) -> Iterator[None]:
+    """First Ctrl-C or notice: save and end at the next step. Second Ctrl-C or SIGTERM: end at once.
+
+    SIGTERM, SIGUSR1 and SIGUSR2 announce that the machine will be taken away; so what is not saved within the grace
+    time is given up, and the run goes on later from what is.
+    """
     first: float | None = None
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal first
+        name = signal.Signals(number).name
         if first is not None:
-            if number == signal.SIGTERM and time.monotonic() - first < SIGNAL_ECHO_S:
+            if number in NOTICES and (number != signal.SIGTERM or time.monotonic() - first < SIGNAL_ECHO_S):
                 return
             raise KeyboardInterrupt
         first = time.monotonic()
-        supervisor.request_stop()
-        observer.message("stopping: the workers save after this step (interrupt again to end at once)")
+        supervisor.request_stop(name, grace_seconds if number in NOTICES else None)
+        observer.message(f"{name}: stopping; the workers save after this step (interrupt again to end at once)")
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, *NOTICES)}
     try:
         yield
     finally:

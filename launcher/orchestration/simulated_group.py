@@ -116,7 +116,7 @@ class SimulatedGroup:
         self.used: list[str] = []
         self.repairs: list[tuple[float, str]] = []
         self.failures = 0
-        self.saved_step = 0
+        self._saved_step = 0
         self._attempt: _Attempt | None = None
         self._status = GroupStatus()
 
@@ -144,8 +144,12 @@ class SimulatedGroup:
         gone = set(taken)
         self.free = [node for node in self.free if node not in gone]
         now = self.clock.now
-        self._attempt = _Attempt(began=now, first_step=self.saved_step, at=now, saved_step=self.saved_step)
+        self._attempt = _Attempt(began=now, first_step=self._saved_step, at=now, saved_step=self._saved_step)
         self._status = GroupStatus()
+
+    def saved_step(self) -> int:
+        """Step of the newest checkpoint."""
+        return self._saved_step
 
     def node_of(self, rank: int) -> str:
         """Name of the node of the first rank, or of the hung one."""
@@ -223,7 +227,7 @@ class SimulatedGroup:
                     attempt.in_interval = attempt.in_save = 0.0
                     attempt.saved_step += scenario.save_steps
                     attempt.trained_before_save = attempt.trained
-                    self.saved_step = attempt.saved_step
+                    self._saved_step = attempt.saved_step
         attempt.at = until
 
     def _trouble(self, attempt: _Attempt, kind: str) -> GroupStatus:

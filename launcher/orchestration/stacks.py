@@ -1,6 +1,9 @@
 """Where the processes of a group that stands still are: their Python stacks, taken on their nodes with py-spy."""
 
+import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +31,24 @@ def dump(pid: int) -> str:
     except subprocess.TimeoutExpired:
         return f"py-spy gave no answer in {DUMP_TIMEOUT_S:.0f} s"
     return done.stdout if done.returncode == 0 else f"py-spy failed: {done.stderr.strip()}"
+
+
+def end(pid: int) -> None:
+    """Kill a process on this node; Ray only asks it to end, and one that is stopped does not hear that."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def end_silent(placements: Sequence[Mapping[str, Any]], ranks: Sequence[int]) -> None:
+    """Kill the processes of some ranks, each by a task on its own node, as far as the nodes answer."""
+    task = ray.remote(end)
+    asked = []
+    for rank in ranks:
+        where = NodeAffinitySchedulingStrategy(placements[rank]["node_id"], soft=False)
+        asked.append(task.options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(placements[rank]["pid"]))
+    _, late = ray.wait(asked, num_returns=len(asked), timeout=COLLECT_TIMEOUT_S) if asked else ([], [])
+    for reference in late:
+        ray.cancel(reference, force=True)
 
 
 def collect(placements: Sequence[Mapping[str, Any]], ranks: Sequence[int], folder: Path) -> list[Path]:

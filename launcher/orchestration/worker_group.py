@@ -1,5 +1,6 @@
 """The workers of one attempt: one actor a rank, in one placement group, laid out node by node."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from launcher.checkpoints import folders
 from launcher.errors import ResourceError
 from launcher.orchestration.detection import Hang
 from launcher.orchestration.failure import Failure, FailureKind
-from launcher.orchestration.stacks import collect
+from launcher.orchestration.stacks import collect, end_silent
 from launcher.orchestration.supervisor import GroupStatus
 from launcher.orchestration.worker import Placement, Worker
 from launcher.run_directory import RunDirectory
@@ -24,6 +26,8 @@ POLL_INTERVAL_S = 1.0
 MAX_STACKS = 16
 """At most so many suspects' stacks are taken."""
 ANSWER_TIMEOUT_S = 0.2
+LEAVING_INTERVAL_S = 5.0
+"""Between two questions which nodes are being drained."""
 PLACEMENT_TIMEOUT_S = 30.0
 """How long to wait for resources that the cluster has but that others hold at the moment."""
 
@@ -66,6 +70,8 @@ class WorkerGroup:
         self._actors: list[Any] = []
         self._waits: dict[Any, int] = {}
         self._questions: dict[Any, int] = {}
+        self._asked_for_leaving = 0.0
+        self._known_leaving: tuple[str, ...] = ()
         self._beats: dict[int, Beat] = {}
         self._failures: list[Failure] = []
         self._results: dict[int, dict[str, Any]] = {}
@@ -113,16 +119,25 @@ class WorkerGroup:
         self._waits = {actor.wait.remote(): rank for rank, actor in enumerate(self._actors)}
         del starts  # a failing start ends the actor or leaves its thread unstarted; wait() and poll() show it
 
+    def saved_step(self) -> int:
+        """Step of the newest complete checkpoint, 0 without one."""
+        newest = folders.complete(self.run_directory.checkpoints)
+        return folders.step_of(newest[-1]) if newest else 0
+
     def node_of(self, rank: int) -> str:
         """Host name of a rank's node."""
         return str(self.placements[rank]["hostname"]) if rank < len(self.placements) else ""
 
     def examine(self, hang: Hang) -> str:
-        """Write the stacks of the suspects, and of one rank that waits for them, to `logs/hang-STEP/`."""
+        """Write the stacks of the suspects, and of one rank that waits for them, to `logs/hang-STEP/`.
+
+        Suspects that do not answer are killed then: Ray could not end them.
+        """
         suspects = [suspect.rank for suspect in hang.suspects]
         others = [rank for rank in range(self.world_size) if rank not in suspects]
         folder = self.run_directory.logs / f"hang-{hang.suspects[0].step}"
         written = collect(self.placements, [*suspects[:MAX_STACKS], *others[:1]], folder)
+        end_silent(self.placements, [suspect.rank for suspect in hang.suspects if suspect.silent])
         return f"stacks: {', '.join(str(path) for path in written)}"
 
     def _reserve(self, avoid: Sequence[str]) -> PlacementGroup:
@@ -174,7 +189,17 @@ class WorkerGroup:
             for reference in {*ended, *more}:
                 self._collect(reference)
         self._collect_beats()
-        return GroupStatus(dict(self._beats), list(self._failures), dict(self._results))
+        return GroupStatus(dict(self._beats), list(self._failures), dict(self._results), self._leaving())
+
+    def _leaving(self) -> tuple[str, ...]:
+        """Nodes of the group that Ray was told to drain."""
+        if time.monotonic() - self._asked_for_leaving >= LEAVING_INTERVAL_S:
+            self._asked_for_leaving = time.monotonic()
+            draining = ray._private.state.state.get_draining_nodes()
+            self._known_leaving = tuple(
+                sorted({place["hostname"] for place in self.placements if place["node_id"] in draining})
+            )
+        return self._known_leaving
 
     def _collect(self, reference: Any) -> None:
         rank = self._waits.pop(reference)
@@ -273,7 +298,10 @@ def _readable(resources: dict[str, float]) -> str:
 
 
 def _why_dead(error: RayError) -> str:
-    """The one line of Ray's long message that says why."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "exit" in line.lower() or "died" in line.lower() or "killed" in line.lower()]
-    return (telling or lines or [type(error).__name__])[-1]
+    """What of Ray's long message says why; the causes that Ray only supposes are left out."""
+    text = " ".join(str(error).split()).partition(" Some common causes")[0]
+    _, found, detail = text.partition("Worker exit detail: ")
+    if found:
+        return detail
+    sentences = [sentence for sentence in text.split(". ") if re.search(r"exit|died|dead|killed|memory", sentence)]
+    return (sentences or [text or type(error).__name__])[0]

@@ -320,6 +320,13 @@ class FaultToleranceSection(Section):
     """A rank that loads data and computes so many times slower than the others is named."""
     straggler_steps: int = Field(default=10, ge=1)
     """So many steps in a row."""
+    on_bad_loss: Literal["stop", "rollback"] = "stop"
+    """When the loss is NaN or infinite, or a spike: end the run, or go back to the last checkpoint and leave the batch
+    out; what was left out stands in `skipped.jsonl`."""
+    loss_spike_factor: float | None = Field(default=None, gt=1)
+    """A loss so many times the median of the 50 steps before is a spike; null: only NaN and infinity are bad."""
+    max_bad_losses: int = Field(default=10, ge=0)
+    """So many times a run goes back because of a bad loss."""
     save_before_end_seconds: int = Field(default=300, ge=10, le=65_535)
     """How long before its time is over a job must save and stop; a step and a save must fit in. It goes on in the
     job's next start."""

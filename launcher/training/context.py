@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from launcher.checkpoints.fault_plan import enact
 from launcher.run_directory import RunDirectory
 
 
@@ -102,6 +103,7 @@ class Heartbeat:
             self._phase, self._entered, self._since = phase, now, time.time()
             self._progress += 1
         self.timeline.setdefault(phase.value, self._since)
+        enact(f"phase.{phase.value}", self.rank, self.step)
 
     def stepped(self, step: int) -> None:
         """Say that an optimizer step is complete."""

@@ -21,6 +21,7 @@ from launcher.training.engine import build_engine, total_steps
 from launcher.training.evaluation import Evaluation, evaluate, generate
 from launcher.training.export import export_checkpoint
 from launcher.training.monitor import Monitor, Throughput, memory_bytes
+from launcher.training.numeric import LossWatch, Observed
 from launcher.training.upstream import step_and_norm, to_device
 
 
@@ -57,6 +58,7 @@ class Session:
     progress: Progress
     max_steps: int
     monitor: Monitor | None
+    losses: LossWatch
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,32 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
         while not _finished(session) and not stop:
             heartbeat.enter(Phase.DATA)
             throughput.step_begins()
-            step_batch = next(loader)
+            step_batch = _next_batch(session, loader)
             report = train_step(session, step_batch)
             throughput.step_ends(plan.batch.global_batch_size)
+            session.losses.check()
             progress.step += 1
             progress.consumed_samples = step_batch.consumed_samples
             heartbeat.stepped(progress.step)
+            size = plan.batch.global_batch_size
+            observed = Observed(
+                progress.step, progress.consumed_samples - size, progress.consumed_samples, report.num_targets
+            )
+            session.losses.note(report.loss_sum, observed)
             stop = report.stop
             _after_step(session, step_batch, report, throughput)
     finally:
         loader.close()
     return _finish(session, stopped=not _finished(session))
+
+
+def _next_batch(session: Session, loader: BatchLoader) -> StepBatch:
+    """The next batch whose samples are not left out."""
+    size = session.plan.batch.global_batch_size
+    while True:
+        batch = next(loader)
+        if not session.losses.is_skipped(batch.consumed_samples - size, batch.consumed_samples):
+            return batch
 
 
 def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, device: torch.device) -> Session:
@@ -124,7 +141,8 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
     heartbeat.step, heartbeat.max_steps = progress.step, max_steps
     heartbeat.saved(progress.step)
     monitor = Monitor(plan, context.run_directory, progress.step, device) if context.rank == 0 else None
-    return Session(plan, context, device, task, prepared, engine, checkpoints, progress, max_steps, monitor)
+    losses = LossWatch(plan.recipe.fault_tolerance, context.run_directory, context.rank)
+    return Session(plan, context, device, task, prepared, engine, checkpoints, progress, max_steps, monitor, losses)
 
 
 def _train_loader(session: Session) -> BatchLoader:
@@ -197,6 +215,7 @@ def _after_step(session: Session, step_batch: StepBatch, report: StepReport, thr
         _evaluate(session)
     reason = _reason_to_save(session, report)
     if reason is not None:
+        session.losses.check()
         session.context.heartbeat.enter(Phase.SAVE)
         if session.checkpoints.save(session.engine, progress, reason):
             session.context.heartbeat.saved(progress.step)

@@ -87,6 +87,9 @@ class ScriptedGroup:
         if problem is not None:
             raise problem
 
+    def saved_step(self) -> int:
+        return 0
+
     def node_of(self, rank: int) -> str:
         return f"n{rank}"
 
