@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cluster.errors import ExpectedError
+from launcher.cli.doctor import doctor
 from launcher.cli.jobs import cancel, jobs, status
 from launcher.cli.logs import attach, logs
 from launcher.cli.plan import plan
@@ -43,6 +44,7 @@ app.command()(cancel)
 app.command()(report)
 app.command()(sweep)
 app.command()(plan)
+app.command()(doctor)
 app.command()(simulate)
 app.command()(prepare)
 app.command()(export)

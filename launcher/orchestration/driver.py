@@ -95,6 +95,8 @@ def drive(
     saved_step = _check_checkpoint(plan, run_directory, prepared.fingerprint, observer)
     journal.starting(moments or {}, {"seconds_to_prepare": round(time.time() - started, 2)})
     connect(check_alive)
+    if plan.resources.nodes > 1 and plan.recipe.fault_tolerance.preflight:
+        _preflight(plan, run_directory, observer)
     try:
         supervisor = _supervise(plan, run_directory, observer, journal, saved_step)
     finally:
@@ -146,6 +148,22 @@ def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str,
             observer.message(f"resuming from {folder.name}")
             return folders.step_of(folder)
     return 0
+
+
+def _preflight(plan: Plan, run_directory: RunDirectory, observer: Observer) -> None:
+    """Examine the nodes before a run trusts them.
+
+    Raises:
+        ResourceError: a run would fail on them.
+    """
+    from launcher.orchestration.doctor import examine
+
+    found = examine(run_directory.path, plan.resources.nodes)
+    for finding in found.findings:
+        observer.message(f"preflight: {finding}")
+    errors = [str(finding) for finding in found.findings if finding.level == "error"]
+    if errors:
+        raise ResourceError("\n".join([*errors, "(fault_tolerance.preflight: false starts the run nevertheless)"]))
 
 
 def connect(check_alive: Callable[[], None]) -> None:

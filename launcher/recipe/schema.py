@@ -327,6 +327,8 @@ class FaultToleranceSection(Section):
     """A loss so many times the median of the 50 steps before is a spike; null: only NaN and infinity are bad."""
     max_bad_losses: int = Field(default=10, ge=0)
     """So many times a run goes back because of a bad loss."""
+    preflight: bool = True
+    """Before a run of several nodes, compare them: versions, code, disks, clocks, the run directory, the network."""
     save_before_end_seconds: int = Field(default=300, ge=10, le=65_535)
     """How long before its time is over a job must save and stop; a step and a save must fit in. It goes on in the
     job's next start."""
