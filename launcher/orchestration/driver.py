@@ -236,6 +236,8 @@ def _supervise(
         device=plan.resources.device,
         environment={name: os.environ[name] for name in plan.resources.environment_names if name in os.environ}
         | fault_plan.environment(),
+        warm=plan.resources.device == "cpu" and plan.recipe.fault_tolerance.warm_workers,
+        warm_after_seconds=plan.recipe.fault_tolerance.warm_workers_after_seconds,
     )
     group = WorkerGroup(run_directory, shape)
     policy = FailurePolicy(plan.recipe.fault_tolerance)
@@ -265,7 +267,7 @@ def _supervise(
             notices.show(supervisor.attempt, supervisor.status)
             observer.progress(supervisor.status)
     finally:
-        group.stop()
+        group.close()
     return supervisor
 
 

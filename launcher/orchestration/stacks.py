@@ -55,7 +55,7 @@ def collect(placements: Sequence[Mapping[str, Any]], ranks: Sequence[int], folde
     """Write the stacks of some ranks to a folder, each taken by a task on the rank's own node.
 
     Args:
-        placements: what `Worker.describe` said, by rank.
+        placements: what `Worker.join` said, by rank.
         ranks: whose stacks.
         folder: for `rank_00013.txt` and so on.
 

@@ -1,5 +1,6 @@
 """The workers of one attempt: one actor a rank, in one placement group, laid out node by node."""
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -8,7 +9,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launcher.checkpoints import folders
@@ -17,6 +23,7 @@ from launcher.orchestration.detection import Hang
 from launcher.orchestration.failure import Failure, FailureKind
 from launcher.orchestration.stacks import collect, end_silent
 from launcher.orchestration.supervisor import GroupStatus
+from launcher.orchestration.warm_pool import WarmPool
 from launcher.orchestration.worker import Placement, Worker
 from launcher.run_directory import RunDirectory
 from launcher.training.context import Beat
@@ -26,6 +33,7 @@ POLL_INTERVAL_S = 1.0
 MAX_STACKS = 16
 """At most so many suspects' stacks are taken."""
 ANSWER_TIMEOUT_S = 0.2
+JOIN_TIMEOUT_S = 120.0
 LEAVING_INTERVAL_S = 5.0
 """Between two questions which nodes are being drained."""
 PLACEMENT_TIMEOUT_S = 30.0
@@ -42,6 +50,8 @@ class GroupShape:
         cpus_per_worker: CPUs of each rank.
         device: `cuda` asks one GPU a rank.
         environment: set in every worker.
+        warm: keep spare workers.
+        warm_after_seconds: of training, before they are started.
     """
 
     nodes: int
@@ -49,6 +59,8 @@ class GroupShape:
     cpus_per_worker: float
     device: str
     environment: dict[str, str]
+    warm: bool = False
+    warm_after_seconds: float = 0.0
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -70,6 +82,8 @@ class WorkerGroup:
         self._actors: list[Any] = []
         self._waits: dict[Any, int] = {}
         self._questions: dict[Any, int] = {}
+        self._warm_from: float | None = None
+        self._pool = WarmPool(str(run_directory.path), shape.device, shape.environment) if shape.warm else None
         self._asked_for_leaving = 0.0
         self._known_leaving: tuple[str, ...] = ()
         self._beats: dict[int, Beat] = {}
@@ -94,21 +108,11 @@ class WorkerGroup:
         self._beats, self._failures, self._results, self.placements = {}, [], {}, []
         check_cluster(self.shape)
         self._group = self._reserve(avoid)
-        actor_class = ray.remote(Worker)
-        for rank in range(self.world_size):
-            strategy = PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=rank // self.shape.workers_per_node
-            )
-            options: dict[str, Any] = {"num_cpus": self.shape.cpus_per_worker, "scheduling_strategy": strategy}
-            if self.shape.device == "cuda":
-                options["num_gpus"] = 1
-            # Three threads: one blocks in wait(), one answers polls, one takes a stop request.
-            actor = actor_class.options(max_concurrency=3, max_restarts=0, **options).remote(
-                str(self.run_directory.path), rank
-            )
-            self._actors.append(actor)
+        self._actors = self._hire(self._group)
         try:
-            self.placements = ray.get([actor.describe.remote() for actor in self._actors], timeout=120)
+            self.placements = ray.get(
+                [actor.join.remote(rank) for rank, actor in enumerate(self._actors)], timeout=JOIN_TIMEOUT_S
+            )
         except (RayActorError, GetTimeoutError) as error:
             self._failures = [self._died(0, f"a worker did not start: {error}")]
             return
@@ -118,6 +122,38 @@ class WorkerGroup:
         ]
         self._waits = {actor.wait.remote(): rank for rank, actor in enumerate(self._actors)}
         del starts  # a failing start ends the actor or leaves its thread unstarted; wait() and poll() show it
+
+    def _hire(self, group: PlacementGroup) -> list[Any]:
+        """An actor for each rank: a spare of its node where one waits, a new one elsewhere."""
+        per_node, hired = self.shape.workers_per_node, []
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        actor_class = ray.remote(Worker)
+        for rank in range(self.world_size):
+            bundle = rank // per_node
+            spares = self._pool.take(nodes[bundle], 1) if self._pool is not None else []
+            if spares:
+                hired.append(spares[0])
+                continue
+            strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
+            options: dict[str, Any] = {"num_cpus": self.shape.cpus_per_worker, "scheduling_strategy": strategy}
+            if self.shape.device == "cuda":
+                options["num_gpus"] = 1
+            # Three threads: one blocks in wait(), one answers polls, one takes a stop request.
+            actor = actor_class.options(max_concurrency=3, max_restarts=0, **options)
+            hired.append(actor.remote(str(self.run_directory.path)))
+        self._warm_from = None
+        return hired
+
+    def _keep_warm(self) -> None:
+        """Start spares once training has run for a while: not while the workers need the cores for their own start."""
+        if self._pool is None or self._warm_from == math.inf:
+            return
+        if self._warm_from is None:
+            if any(beat.steps_made for beat in self._beats.values()):
+                self._warm_from = time.monotonic() + self.shape.warm_after_seconds
+        elif time.monotonic() >= self._warm_from:
+            self._warm_from = math.inf
+            self._pool.fill(sorted({place["node_id"] for place in self.placements}), self.shape.workers_per_node)
 
     def saved_step(self) -> int:
         """Step of the newest complete checkpoint, 0 without one."""
@@ -189,6 +225,7 @@ class WorkerGroup:
             for reference in {*ended, *more}:
                 self._collect(reference)
         self._collect_beats()
+        self._keep_warm()
         return GroupStatus(dict(self._beats), list(self._failures), dict(self._results), self._leaving())
 
     def _leaving(self) -> tuple[str, ...]:
@@ -262,6 +299,12 @@ class WorkerGroup:
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
+
+    def close(self) -> None:
+        """End every rank and every spare."""
+        self.stop()
+        if self._pool is not None:
+            self._pool.close()
 
 
 def fitting_nodes(shape: GroupShape) -> list[dict[str, Any]]:

@@ -329,6 +329,11 @@ class FaultToleranceSection(Section):
     """A loss so many times the median of the 50 steps before is a spike; null: only NaN and infinity are bad."""
     max_bad_losses: int = Field(default=10, ge=0)
     """So many times a run goes back because of a bad loss."""
+    warm_workers: bool = True
+    """Keep a spare process for each worker, on its node, that has imported everything, so that a restart need not; on
+    CPU. A node with less than 4 GiB free keeps none."""
+    warm_workers_after_seconds: float = Field(default=30.0, ge=0)
+    """Start the spares so long after the first step; a run that is over before needs none."""
     preflight: bool = True
     """Before a run of several nodes, compare them: versions, code, disks, clocks, the run directory, the network."""
     save_before_end_seconds: int = Field(default=300, ge=10, le=65_535)
