@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,14 +114,17 @@ def _facts(
 
 
 def _shared(probes: Mapping[str, Any], run_directory: Path) -> list[Finding]:
-    writer = next(iter(probes))
+    """Whether every node sees what this process, which makes the run directory, writes there."""
+    writer = socket.gethostname()
     text, path = secrets.token_hex(8), run_directory / f".doctor-{secrets.token_hex(4)}"
-    problem = ray.get(probes[writer].write.remote(str(path), text))
+    try:
+        path.write_text(text)
+    except OSError as error:
+        return diagnosis.unshared(str(run_directory), writer, error.strerror or str(error), {})
     asked = {name: probe.read.remote(str(path)) for name, probe in probes.items()}
     seen = {name: ray.get(reference) == text for name, reference in asked.items()}
-    ray.get(probes[writer].write.remote(str(path), ""))
     path.unlink(missing_ok=True)
-    return diagnosis.unshared(str(run_directory), writer, problem, seen)
+    return diagnosis.unshared(str(run_directory), writer, "", seen)
 
 
 def _links(

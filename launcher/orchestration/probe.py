@@ -61,14 +61,6 @@ class NodeProbe:
         """Unix time here."""
         return time.time()
 
-    def write(self, path: str, text: str) -> str:
-        """Write a file; returns what went wrong, or nothing."""
-        try:
-            Path(path).write_text(text)
-        except OSError as error:
-            return error.strerror or str(error)
-        return ""
-
     def read(self, path: str) -> str | None:
         """What is in a file; None when there is none."""
         try:
