@@ -98,6 +98,8 @@ class Worker:
 
         import launcher.training.entry  # noqa: F401
 
+        sys.stdout.write("warm\n")
+
     def join(self, rank: int) -> dict[str, Any]:
         """Become a rank; returns node address, GPU ids, process id and a free port."""
         import ray

@@ -6,6 +6,7 @@ A cell is a fault at a place. The default run has a representative part; ZEROFLE
 import itertools
 import json
 import os
+import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,53 @@ def test_a_bad_loss_ends_the_run_or_is_left_out(
         assert samples[0, step] == true_samples[0, step + 1], "one batch later than without the bad one"
     assert worker_pids(directory)
     check_nothing_is_left(directory)
+
+
+def test_warm_spares_take_over(
+    zerofleet: Zerofleet, uninterrupted: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pause = {"fault": "mark", "point": "phase.data", "rank": 0, "step": 60}
+    plan = plan_file(tmp_path, [pause])
+    monkeypatch.setitem(zerofleet.environment, SWITCH, str(plan))
+    directory = RunDirectory.at(tmp_path / "run")
+    process = zerofleet.start(
+        *("run", str(zerofleet.recipe), "warm_workers_after_seconds=0", "--run-dir", str(directory.path))
+    )
+    wait_for(
+        lambda: sum("warm" in log.read_text() for log in directory.logs.glob("spare_*")) == 2, "two spares", timeout=120
+    )
+    spares = {int(log.stem.rpartition("_")[2]) for log in directory.logs.glob("spare_*")}
+    os.kill(worker_pids(directory)[1], signal.SIGKILL)
+    Path(f"{plan}.0.go").touch()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert set(worker_pids(directory).values()) == spares
+    assert records(directory) == records(uninterrupted)
+    assert read_account(directory).seconds["recovery: import"] < read_account(directory).seconds["start-up: import"]
+    check_nothing_is_left(directory)
+    for pid in spares:
+        wait_for(lambda pid=pid: not psutil.pid_exists(pid), f"end of spare {pid}")
+
+
+def test_notice_of_the_end_is_kept_even_if_the_workers_cannot_save(
+    zerofleet: Zerofleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = {"fault": "sigstop", "point": "phase.data", "rank": 1, "step": 60}
+    monkeypatch.setitem(zerofleet.environment, SWITCH, str(plan_file(tmp_path, [stop])))
+    directory = RunDirectory.at(tmp_path / "run")
+    run = ("run", str(zerofleet.recipe), "max_steps=80", "save_before_end_seconds=10", "--run-dir", str(directory.path))
+    process = zerofleet.start(*run)
+    wait_for(lambda: Path(tmp_path / "faults.json.0").exists(), "stopped rank")
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 130, err
+    assert "SIGUSR1: stopping" in err
+    last = read_json_lines(directory.events)[-1]
+    assert (last["state"], last["step"]) == ("stopped", 50)
+    assert "did not save in time, the newest checkpoint is that of step 50" in last["reason"]
+    check_nothing_is_left(directory)
+    process = zerofleet.start(*run)
+    assert process.communicate(timeout=120)[0]
+    assert process.returncode == 0, "the same command goes on"
+    starting = [e for e in read_json_lines(directory.events) if e["state"] == "starting"]
+    assert len(starting) == 2
