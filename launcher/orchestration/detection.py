@@ -144,12 +144,13 @@ class HangDetector:
             self._last_step = step, now
 
     def _bound(self, behind: Sequence[Beat]) -> float:
-        training = all(beat.phase in STEP_PHASES and beat.steps_made >= MIN_STEPS for beat in behind)
-        if not training or not self._steps:
+        if not all(beat.phase in STEP_PHASES and beat.steps_made >= MIN_STEPS for beat in behind):
             return self.settings.stall_seconds
         if self.settings.hang_seconds is not None:
             return self.settings.hang_seconds
-        return max(MIN_HANG_S, HANG_STEPS * statistics.median(self._steps))
+        # Short steps may all lie between two looks; then the first one, which was the slowest, stands for them.
+        usual = statistics.median(self._steps) if self._steps else max(beat.first_step_seconds for beat in behind)
+        return max(MIN_HANG_S, HANG_STEPS * usual)
 
     def _suspect(self, beat: Beat, now: float, *, silent: bool) -> Suspect:
         seconds = now - self._progress[beat.rank][1]

@@ -97,6 +97,15 @@ def test_a_long_start_and_a_long_save_are_no_hang() -> None:
     assert watch(compiling, 1700) is None
 
 
+def test_steps_that_nobody_saw_are_steps() -> None:
+    def stuck(now: float) -> dict[int, Beat]:
+        return {rank: beat(rank, 61 + rank, Phase.DATA, time=now, made=12) for rank in range(2)}
+
+    found = watch(stuck, 100)
+    assert found is not None
+    assert found[0] == 30, "all twelve were made before the first look"
+
+
 class SimulatedGroup:
     """Ranks that compute for as long as they are told to and wait for each other; seen once a second."""
 
