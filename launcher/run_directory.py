@@ -50,6 +50,16 @@ class RunDirectory:
         return self.path / "run.lock"
 
     @property
+    def save_request(self) -> Path:
+        """Somebody asks for a checkpoint now (JSON); rank 0 removes it when it has answered."""
+        return self.path / "save.request"
+
+    @property
+    def save_answer(self) -> Path:
+        """What became of the last request (JSON)."""
+        return self.path / "save.answer"
+
+    @property
     def data(self) -> Path:
         """Where the prepared data is (JSON: directory, fingerprint)."""
         return self.path / "data.json"
@@ -65,9 +75,19 @@ class RunDirectory:
         return self.path / "events.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        """What the running attempt has spent its time on (JSON), replaced every few seconds."""
+        return self.path / "ledger.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a logged step or evaluation."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        """One JSON object a range of samples that is left out because their loss was bad."""
+        return self.path / "skipped.jsonl"
 
     @property
     def progress(self) -> Path:

@@ -136,6 +136,9 @@ class DataSection(Section):
     """Let packed documents attend to each other and predict each other's first token."""
     preprocessing_num_workers: int | None = Field(default=None, ge=1)
     """Threads that tokenise; default: the number of cores."""
+    on_change: Literal["error", "continue", "restart"] = "error"
+    """When a run resumes and the data is not what it was: refuse; go on at the same position of the new data's order;
+    or begin the new data from its start, with the model and the schedule as they are."""
     cache_directory: str | None = None
     """Where prepared data is kept, on a file system that all nodes see; default: `$ZEROFLEET_CACHE` or
     `~/.cache/zerofleet`."""
@@ -269,9 +272,16 @@ class CheckpointSection(Section):
     """When the state is saved, and how much of it is kept."""
 
     save_steps: int | None = Field(default=None, ge=1)
-    """Save every so many steps; the last step is saved in any case."""
+    """Save every so many steps; the last step is saved in any case, and the step at which a signal arrives."""
+    save_minutes: float | None = Field(default=None, gt=0)
+    """Save when so many minutes have passed since the last save, besides save_steps."""
     save_total_limit: int | None = Field(default=2, ge=1)
     """Keep the newest so many; null keeps all."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Keep, besides them, every checkpoint whose step is a multiple of this."""
+    keep_best: int = Field(default=0, ge=0)
+    """Keep, besides them, so many of the lowest validation loss; only steps that are evaluated and saved can be among
+    them."""
     verify: Literal["size", "full"] = "full"
     """What is compared before a checkpoint is trusted: the files' sizes, or their checksums too."""
     max_failed_saves: int = Field(default=3, ge=0)
@@ -315,6 +325,29 @@ class FaultToleranceSection(Section):
     """A node that failed so often gets no workers any more, if there are others; null: never."""
     wait_for_nodes_seconds: float = Field(default=600.0, ge=0)
     """How long a run that lost nodes waits for others before it gives up."""
+    hang_seconds: float | None = Field(default=None, gt=0)
+    """Training that makes no progress for so long hangs, and is started again; default: 30, or 5 steps if that is
+    more."""
+    stall_seconds: float = Field(default=1800.0, gt=0)
+    """The same for what has no visible progress: imports, building and loading the model, saving, the first steps."""
+    straggler_factor: float = Field(default=2.0, gt=1)
+    """A rank that loads data and computes so many times slower than the others is named."""
+    straggler_steps: int = Field(default=10, ge=1)
+    """So many steps in a row."""
+    on_bad_loss: Literal["stop", "rollback"] = "stop"
+    """When the loss is NaN or infinite, or a spike: end the run, or go back to the last checkpoint and leave the batch
+    out; what was left out stands in `skipped.jsonl`."""
+    loss_spike_factor: float | None = Field(default=None, gt=1)
+    """A loss so many times the median of the 50 steps before is a spike; null: only NaN and infinity are bad."""
+    max_bad_losses: int = Field(default=10, ge=0)
+    """So many times a run goes back because of a bad loss."""
+    warm_workers: bool = True
+    """Keep a spare process for each worker, on its node, that has imported everything, so that a restart need not; on
+    CPU. A node with less than 4 GiB free keeps none."""
+    warm_workers_after_seconds: float = Field(default=30.0, ge=0)
+    """Start the spares so long after the first step; a run that is over before needs none."""
+    preflight: bool = True
+    """Before a run of several nodes, compare them: versions, code, disks, clocks, the run directory, the network."""
     save_before_end_seconds: int = Field(default=300, ge=10, le=65_535)
     """How long before its time is over a job must save and stop; a step and a save must fit in. It goes on in the
     job's next start."""
