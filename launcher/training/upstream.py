@@ -115,7 +115,7 @@ def let_auto_ep_capture_outputs() -> None:
     registry.__class__ = type("ByNameOrModel", (_ByNameOrModel, known), {})
 
 
-class _ByNameOrModel(dict):  # type: ignore[type-arg]
+class _ByNameOrModel(dict[str, Any]):
     def __setitem__(self, key: Any, value: Any) -> None:
         dict.__setitem__(self, _name(key), value)
 
