@@ -190,10 +190,12 @@ class TrainingSection(Section):
 class OptimizerSection(Section):
     """The optimizer and its constants; the learning rate and its schedule stand under `training`."""
 
-    type: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    type: Literal["adamw", "sgd"] = "adamw"
+    """`adamw`: Loshchilov and Hutter, arXiv 1711.05101; `sgd`: stochastic gradient descent with momentum."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay; biases and normalisation weights are not decayed."""
+    """Weight decay, decoupled from the gradient but with `sgd`; biases and normalisation weights are not decayed."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Of `sgd`."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
