@@ -199,6 +199,8 @@ class ActivationModel:
         if settings.gradient_checkpointing and (self.masked or settings.attention == "eager"):
             # Each layer's recomputation holds on to its mask: booleans, or what eager attention adds to the scores.
             shared += self.layer.masks * settings.sequence_length * (width if settings.attention == "eager" else 1)
+        if settings.sequence_parallel_size > 1 and self.masked:  # positions of the whole sequence, and their mask
+            shared += settings.sequence_parallel_size * (_INT64 + self.layer.masks * settings.sequence_length)
         first = settings.tokens * (_BATCH_TENSORS * _INT64 + shared)
         if self.dropout is not None and self.dropout[1] and self.layer.fused_qkv:  # GPT-2's, of the embeddings
             first += settings.tokens * self._mask_bytes() * self.hidden
@@ -238,7 +240,7 @@ class ActivationModel:
     def _attention(self) -> float:
         width, length = self.width, self.settings.sequence_length
         queries, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
-        repeated = self.masked and keys < queries
+        repeated = self.masked and keys < queries and self.key_heads > 1  # one head alone is expanded without a copy
         norms = 0.0
         if self.layer.qk_norm:
             norms = self._norm(queries + keys, self.heads + self.key_heads)
@@ -255,7 +257,8 @@ class ActivationModel:
             inputs = queries + (queries if repeated else keys) + of_values
         output = queries * (2 if self.layer.rotary == "partial" else 1)  # joined heads lie in another order
         statistics = _FP32 * self.heads
-        mask = width * length if self.masked else 0
+        # Under Ulysses each rank has the mask of all positions.
+        mask = width * length * self.settings.sequence_parallel_size if self.masked else 0
         return norms + width * (inputs + output) + statistics + mask
 
     def _eager_scores(self) -> float:

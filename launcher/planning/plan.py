@@ -95,7 +95,7 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
         )
     deepspeed = _collect(problems, make_deepspeed_config, recipe, layout, batch, (config or {}).get("model_type"))
     if deepspeed is not None:
-        offloads = "none" not in (deepspeed.offload_optimizer, deepspeed.offload_param)
+        offloads = {deepspeed.offload_optimizer, deepspeed.offload_param} != {"none"}
         problems += combination_problems(layout, deepspeed.zero_stage, recipe.training.precision, offloads)
         problems += optimizer_problems(recipe.optimizer, deepspeed.zero_stage)
     if config is not None:
@@ -183,8 +183,6 @@ def _notes(
         notes.append(f"model.config: transformers knows no {', '.join(unread)} in this family, and ignores it")
     if reason := uncounted_reason(deepspeed.config):
         notes.append(f"memory is not counted: {reason}")
-    if layout.model_parallel_size > 1:
-        notes.append("memory is not counted under tensor, pipeline or sequence parallelism")
     if deepspeed.zero_stage == 0 and recipe.training.precision != "fp32":
         notes.append(
             f"ZeRO stage 0 in {recipe.training.precision}: DeepSpeed makes one optimizer step with zero gradients at "
