@@ -82,7 +82,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     **{
         f"{family}-{kind}2-{name}": {
-            "model.config": small(family), "tokenizer.train.vocab_size": 1000, f"parallel.{kind}_parallel_size": 2, **changes
+            "model.config": small(family),
+            "tokenizer.train.vocab_size": 1000,
+            f"parallel.{kind}_parallel_size": 2,
+            **changes,
         }
         for family, kind, name, changes in (
             ("llama", "tensor", "zero1-fp32", {"zero.stage": 1, **FP32}),
