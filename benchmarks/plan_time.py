@@ -38,8 +38,8 @@ def commands() -> dict[str, list[str]]:
         found[f"plan {name}"] = shlex.split(second)[1:] if second.startswith("zerofleet plan ") else ["plan", name]
     large = ["--gpu", "H100-80GB", "--nodes"]
     batch = "training.global_batch_size=2048"
-    found["plan 405B, 16,384 GPUs"] = ["plan", "parallel/llama3_405b", batch, *large, "2048"]
-    found["search 70B, 1,024 GPUs"] = ["plan", "parallel/llama3_70b", f"{batch[:-4]}1024", "--search", *large, "128"]
+    found["plan 405B, 16,384 GPUs"] = ["plan", "parallel/llama3-405b", batch, *large, "2048"]
+    found["search 70B, 1,024 GPUs"] = ["plan", "parallel/llama3-70b", f"{batch[:-4]}1024", "--search", *large, "128"]
     open_fields = ["zero.stage=null", "zero.offload_optimizer=none"]
     found["search 70B, 1,024 GPUs, every ZeRO stage"] = [*found["search 70B, 1,024 GPUs"], *open_fields]
     return found

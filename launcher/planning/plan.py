@@ -33,6 +33,7 @@ from launcher.planning.model_shape import (
 from launcher.planning.optimizers import optimizer_problems
 from launcher.planning.rank_memory import RankMemory
 from launcher.planning.search import SearchResult, nothing_fits, search
+from launcher.planning.stages import pipeline_stages
 from launcher.recipe.schema import Recipe
 
 Arguments = ParamSpec("Arguments")
@@ -47,6 +48,7 @@ class Plan(BaseModel):
         recipe: the resolved recipe.
         resources: what the profile gives: nodes, workers per node, device.
         layout: sizes of the parallel groups.
+        stage_borders: the first decoder layer of each pipeline stage, and the number of layers; `None` without stages.
         batch: micro batch, accumulation and global batch.
         zero_stage: 0-3.
         transformers_config: what the model is built from, the vocabulary size filled in; `None` for a hub name.
@@ -66,6 +68,7 @@ class Plan(BaseModel):
     recipe: Recipe
     resources: Resources
     layout: Layout
+    stage_borders: tuple[int, ...] | None = None
     batch: BatchPlan
     zero_stage: int
     transformers_config: dict[str, Any] | None = None
@@ -105,6 +108,9 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
         problems += optimizer_problems(recipe.optimizer, deepspeed.zero_stage)
     if config is not None:
         problems += model_problems(config, layout, recipe)
+    elif layout.pipeline_parallel_size > 1:
+        message = "a model on the hub is not cut into stages; download it, and name its folder in model_name_or_path"
+        problems.append(Problem(message, "parallel.pipeline_parallel_size"))
     machine = _collect(problems, machine_of, resources, {})
     accelerator = None if machine is None else machine.accelerator
     if accelerator is not None and resources.device == "cuda" and recipe.training.precision not in accelerator.peak:
@@ -192,6 +198,7 @@ def _assemble(
         recipe=recipe,
         resources=resources,
         layout=layout,
+        stage_borders=_stage_borders(recipe, layout, config),
         batch=batch,
         zero_stage=deepspeed.zero_stage,
         transformers_config=None if config is None else dict(config),
@@ -203,6 +210,12 @@ def _assemble(
         deepspeed_config=deepspeed.config,
         notes=tuple(_notes(recipe, resources, layout, config, deepspeed)),
     )
+
+
+def _stage_borders(recipe: Recipe, layout: Layout, config: Mapping[str, Any] | None) -> tuple[int, ...] | None:
+    if config is None or layout.pipeline_parallel_size == 1:
+        return None
+    return pipeline_stages(config, layout, recipe.parallel.pipeline_partition, recipe.data.sequence_length)
 
 
 def _notes(
@@ -233,6 +246,8 @@ def _notes(
         notes.append(
             "fp16 on CPU needs a processor that computes in it (AVX512-FP16 or AMX); DeepSpeed refuses the others"
         )
+    if layout.pipeline_parallel_size > 1 and recipe.parallel.pipeline_partition == "time":
+        notes.append("memory is counted for stages of equal parameters, not for those of equal time")
     return notes
 
 

@@ -80,7 +80,7 @@ class Choice:
             "stage": self.zero_stage, "offload_optimizer": self.offload_optimizer, "offload_param": self.offload_param
         }  # fmt: skip
         update = {
-            "parallel": ParallelSection(**sizes),
+            "parallel": recipe.parallel.model_copy(update={**sizes, "auto": False}),
             "zero": recipe.zero.model_copy(update=zero),
             "training": recipe.training.model_copy(update=self.batch.model_dump()),
         }
@@ -313,7 +313,7 @@ class _Judge:
         buffers = buffer_settings(zero.config)
         return [
             stage_memory(index, held, states, model, layout, state_settings, buffers)
-            for index, (held, states) in enumerate(held_states)
+            for index, held, states in held_states
         ]
 
     def _make_zero(
@@ -341,8 +341,8 @@ class _Judge:
 
     def _make_states(
         self, layout: Layout, stage: int, optimizer: str, param: str, accumulates: bool
-    ) -> list[tuple[StageParameters, MemoryPlan]]:
-        """Each pipeline stage's parameters and model states."""
+    ) -> list[tuple[int, StageParameters, MemoryPlan]]:
+        """Pipeline stages with their parameters and states; of equal ones the first, which keeps most micro batches."""
         made = self._zero(layout, stage, optimizer, param)
         if made is None:
             return []
@@ -350,8 +350,13 @@ class _Judge:
         settings = replace(
             rank_states(self._recipes[False], layout, zero), gradient_accumulation_steps=2 if accumulates else 1
         )
-        stages = self._stages(layout, vocabulary_parallel(zero.config))
-        return [(held, stage_states(held, settings, layout.expert_parallel_size)) for held in stages]
+        first_of_kind: dict[tuple[int, int, bool], tuple[int, StageParameters]] = {}
+        for index, held in enumerate(self._stages(layout, vocabulary_parallel(zero.config))):
+            first_of_kind.setdefault((held.num_parameters, held.num_layers, held.has_head), (index, held))
+        return [
+            (index, held, stage_states(held, settings, layout.expert_parallel_size))
+            for index, held in first_of_kind.values()
+        ]
 
     def _make_activations(self, settings: ActivationSettings) -> ActivationModel:
         return ActivationModel(self.config, settings)

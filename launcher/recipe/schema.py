@@ -228,6 +228,8 @@ class ParallelSection(Section):
     """Workers that share each layer's matrices."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Stages that share the layers."""
+    pipeline_partition: Literal["parameters", "time"] = "parameters"
+    """What the stages share equally: parameters (memory), or an estimate of the time of each layer."""
     sequence_parallel_size: int = Field(default=1, ge=1)
     """Workers that share each sequence."""
     expert_parallel_size: int = Field(default=1, ge=1)
@@ -240,14 +242,14 @@ class ParallelSection(Section):
 
     @model_validator(mode="after")
     def _auto_or_sizes(self) -> "ParallelSection":
-        if self.auto and len(self.model_fields_set) > 1:
+        if self.auto and any(name.endswith("_size") for name in self.model_fields_set):
             raise ValueError("auto chooses all sizes; leave them out, or leave auto out")
         return self
 
     @property
     def sizes(self) -> dict[str, int]:
         """Every size by its field's name."""
-        return self.model_dump(exclude={"auto"})
+        return {name: getattr(self, name) for name in type(self).model_fields if name.endswith("_size")}
 
 
 class ZeroSection(Section):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from launcher.cli.main import app
 from launcher.errors import ExpectedError, PlanError
 
-RECIPE = "parallel/llama3_8b_8_gpus"
+RECIPE = "parallel/llama3-8b"
 
 
 def zerofleet(*arguments: str) -> Result:
@@ -54,7 +54,7 @@ def test_the_best_of_a_search_can_be_pasted() -> None:
 
 
 def test_a_search_in_which_nothing_fits_says_how_far_it_is() -> None:
-    arguments = ("parallel/llama3_70b", "--gpu", "RTX4090-24GB", "--search")
+    arguments = ("parallel/llama3-70b", "--gpu", "RTX4090-24GB", "--search")
     assert "none of " in zerofleet(*arguments).output
     assert told(*arguments)["best"] == []
 
@@ -65,7 +65,7 @@ def test_what_a_change_does_is_shown_part_by_part() -> None:
     assert (rows["tensor-parallel ranks"]["before"], rows["tensor-parallel ranks"]["after"]) == (1, 4)
     assert rows["global batch"]["before"] == rows["global batch"]["after"]
     text = zerofleet(RECIPE, "--gpu", "H100-80GB", "--explain", changes).output
-    assert text.startswith("llama3_8b_8_gpus: tensor_parallel_size=4 zero.stage=1\n")
+    assert text.startswith("llama3-8b: tensor_parallel_size=4 zero.stage=1\n")
     assert any(line.split()[:3] == ["tensor-parallel", "ranks", "1"] for line in text.splitlines())
     assert max(map(len, text.splitlines())) <= 80
 
@@ -76,9 +76,9 @@ def test_what_a_change_does_is_shown_part_by_part() -> None:
         ((RECIPE, "--search", "--explain", "zero.stage=1"), ExpectedError, "leave one of them out"),
         ((RECIPE, "--gpu", "H1000"), PlanError, "H1000 is not in the catalogue"),
         (
-            ("parallel/llama3_70b", "--gpu", "H100-80GB"),
+            ("parallel/llama3-70b", "--gpu", "H100-80GB"),
             PlanError,
-            r"llama3_70b.yaml: 1 problem\n +line \d+ .*a rank needs",
+            r"llama3-70b.yaml: 1 problem\n +line \d+ .*a rank needs",
         ),
         ((RECIPE, "--gpu", "H100-80GB", "--explain", "zero.stag=1"), ExpectedError, "zero.stag"),
     ],
