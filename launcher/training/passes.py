@@ -130,8 +130,8 @@ class PipelinePasses:
         self.heartbeat.enter(Phase.FORWARD)
         self.engine.train_batch(_staged(micro_batches))
         norm = self.engine.get_global_grad_norm()
-        num_targets, stop = agreed()
-        return StepOutcome(self._loss_sum, num_targets, None if norm is None else float(norm), stop)
+        num_targets, stop, save = agreed()
+        return StepOutcome(self._loss_sum, num_targets, None if norm is None else float(norm), stop, save)
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Run all batches through the stages, without gradients."""
