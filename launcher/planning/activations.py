@@ -163,6 +163,7 @@ class ActivationModel:
         ranks = settings.tensor_parallel_size
         self.config = config
         self.settings = settings
+        self._known_layers: dict[bool, LayerActivations] = {}
         self.layer = LAYERS[family]
         self.values = values
         self.width = BYTES[settings.precision]
@@ -184,6 +185,11 @@ class ActivationModel:
 
     def decoder_layer(self, sparse: bool = True) -> LayerActivations:
         """Bytes of one layer; `sparse` tells a mixture-of-experts model's expert layers from its dense ones."""
+        if sparse not in self._known_layers:
+            self._known_layers[sparse] = self._count_layer(sparse)
+        return self._known_layers[sparse]
+
+    def _count_layer(self, sparse: bool) -> LayerActivations:
         tokens, hidden, width = self.settings.tokens, self.hidden, self.width
         full = tokens * (self._norms() + self._attention() + self._mlp(sparse) + self._residual_dropout())
         backward = tokens * width * (self._widest(sparse) + 3 * hidden)

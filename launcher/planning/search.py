@@ -27,7 +27,7 @@ from launcher.planning.families import list_parameters
 from launcher.planning.fit import HOST_USABLE, device_memory, with_checkpointing
 from launcher.planning.layout import BatchPlan, Layout, Resources, divisors, make_batch, make_layout
 from launcher.planning.memory import MemoryPlan, uncounted_reason
-from launcher.planning.model_shape import ModelShape
+from launcher.planning.model_shape import ModelShape, model_shape
 from launcher.planning.rank_memory import RankMemory, activations_known, stage_memory, stage_states
 from launcher.planning.sharding import StageParameters, shard
 from launcher.planning.throughput import Machine, StepTime, step_time
@@ -207,6 +207,7 @@ def nothing_fits(result: SearchResult) -> str:
 
 def choices(recipe: Recipe, config: Mapping[str, Any], resources: Resources) -> Iterator[Choice]:
     """Enumerate every legal choice."""
+    shape = model_shape(config)
     global_batch = _global_batch(recipe, resources)
     set_checkpointing = "gradient_checkpointing" in recipe.training.model_fields_set
     recomputations = (recipe.training.gradient_checkpointing,) if set_checkpointing else (False, True)
@@ -216,7 +217,7 @@ def choices(recipe: Recipe, config: Mapping[str, Any], resources: Resources) -> 
         zeros = list(_zeros(recipe, row, resources.device))
         for layout in _layouts(row, resources.world_size):
             batches = _batches(global_batch, layout)
-            if not batches or model_problems(config, layout, recipe):
+            if not batches or model_problems(config, layout, recipe, shape):
                 continue
             for (stage, optimizer, param), batch, recomputes in product(zeros, batches, recomputations):
                 yield Choice(layout, stage, optimizer, param, batch, recomputes)

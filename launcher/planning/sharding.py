@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
 
 from launcher.planning.layout import Layout
@@ -138,7 +138,12 @@ def stage_borders(layers: Sequence[int], before: int, after: int, stages: int) -
 
 def layer_of(tensor: ParameterTensor) -> int | None:
     """Index of the decoder layer that a parameter belongs to; `None` for embeddings, final norm and head."""
-    match = _LAYER.search(tensor.name)
+    return _layer_index(tensor.name)
+
+
+@cache
+def _layer_index(name: str) -> int | None:
+    match = _LAYER.search(name)
     return None if match is None else int(match[1])
 
 

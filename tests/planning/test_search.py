@@ -131,7 +131,11 @@ def test_auto_and_sizes_exclude_each_other(make_recipe: MakeRecipe) -> None:
             {"workers_per_node": 1},
             "none of .* layouts fits: the smallest .* of a device, which has 75.7 GiB",
         ),
-        ({"parallel": "auto", "zero.stage": 3}, {"workers_per_node": 7}, "no layout of 7 workers keeps the global batch of 64"),
+        (
+            {"parallel": "auto", "zero.stage": 3},
+            {"workers_per_node": 7},
+            "no layout of 7 workers keeps the global batch of 64",
+        ),
         (
             {"parallel": "auto", "model.config": {"model_type": "bert", "vocab_size": 100}},
             {},
