@@ -31,7 +31,7 @@ JOB_MOMENTS = (
 )
 """Two moments of a job, and what lies between them."""
 FAILED_ENDS = (RunState.RECOVERING, RunState.FAILED, INTERRUPTED)
-ATTEMPT_ENDS = (*FAILED_ENDS, RunState.COMPLETE, RunState.STOPPED)
+ATTEMPT_ENDS = (*FAILED_ENDS, RunState.COMPLETE, RunState.STOPPED, RunState.RESIZING)
 NOT_ALLOCATED = ("queue", "idle: between jobs")
 
 

@@ -125,6 +125,18 @@ class SimulatedGroup:
         self._repair()
         return max(0, self.scenario.nodes - len(self.free) - len(self.used))
 
+    @property
+    def nodes(self) -> int:
+        """How many nodes the group has."""
+        return self.scenario.nodes
+
+    def best_size(self) -> int | None:
+        """A simulated run is not elastic."""
+        return None
+
+    def resize(self, nodes: int) -> None:
+        """Nobody asks for it."""
+
     def _repair(self) -> None:
         while self.repairs and self.repairs[0][0] <= self.clock.now:
             self.free.append(heapq.heappop(self.repairs)[1])

@@ -34,6 +34,7 @@ class Resources(BaseModel):
         device: what a worker computes on; one GPU a worker for `cuda`.
         cpus_per_worker: CPUs that Ray reserves for each.
         environment_names: variables that the driver passes on to the workers; their values stay out of every file.
+        min_nodes: fewest machines to go on with when others are lost; None: all are needed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +44,7 @@ class Resources(BaseModel):
     device: Literal["cpu", "cuda"] = "cpu"
     cpus_per_worker: float = Field(default=1.0, ge=0)
     environment_names: tuple[str, ...] = ()
+    min_nodes: int | None = None
 
     @property
     def world_size(self) -> int:
