@@ -45,8 +45,13 @@ def _row(view: "JobView") -> list[str]:
     now = view.status
     state = f"{now.state} ({now.reason})" if now.state == "PENDING" and now.reason else now.state.value
     where = f"{record.backend} {record.backend_id}" if record.backend in ("slurm", "ray") else record.backend
-    age = readable_seconds(time.time() - record.submitted)
-    return [record.id, record.name, state, where, step, f"{loss:.4f}" if loss else "-", age, record.run_directory]
+    age, directory = readable_seconds(time.time() - record.submitted), _on_a_line(record.run_directory)
+    return [record.id, record.name, state, where, step, f"{loss:.4f}" if loss else "-", age, directory]
+
+
+def _on_a_line(path: str) -> str:
+    """A path as it is, unless it holds what would break the line."""
+    return path if path.isprintable() else repr(path)
 
 
 def _table(rows: list[list[str]]) -> list[str]:
@@ -91,7 +96,7 @@ def _facts(view: "JobView") -> list[tuple[str, str]]:
     if now.starts > 1:
         facts.append(("starts", f"{now.starts}: it was requeued"))
     facts.append(("submitted", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.submitted))))
-    facts.append(("run directory", record.run_directory))
+    facts.append(("run directory", _on_a_line(record.run_directory)))
     return facts
 
 

@@ -378,6 +378,12 @@ def main() -> int:
         return 2
     run_directory = RunDirectory.at(sys.argv[1])
     observer = JobObserver(run_directory)
+    if not run_directory.path.is_dir():
+        sys.stderr.write(
+            f"{socket.gethostname()} does not see the run directory {run_directory.path}: it must lie on a file system "
+            "that all nodes share; set it with --run-dir\n"
+        )
+        return 2
     try:
         read_plan(run_directory)
         with holding(run_directory):
