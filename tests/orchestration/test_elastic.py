@@ -66,15 +66,16 @@ def test_the_sizes_are_those_that_keep_the_global_batch(recipe: Path, tmp_path: 
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Iterator[tuple[Network, NetworkRay]]:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Network, NetworkRay]]:
     health = {
         "RAY_health_check_initial_delay_ms": "0",
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": "2000",
         "RAY_health_check_failure_threshold": "5",
     }
+    folder = tmp_path_factory.mktemp("lab")  # a short name: Ray's sockets lie below it
     with (
-        Network(tmp_path, 3) as network,
+        Network(folder, 3) as network,
         NetworkRay(network, cpus=1, environment_of={machine.name: health for machine in network.machines}) as ray,
     ):
         yield network, ray
