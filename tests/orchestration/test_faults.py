@@ -105,11 +105,14 @@ def test_faults_change_nothing_of_what_is_learned(
     path = plan_file(tmp_path, [asdict(cell) for cell in chain])
     monkeypatch.setitem(zerofleet.environment, SWITCH, str(path))
     directory = RunDirectory.at(tmp_path / "run")
-    summary = zerofleet.train(
-        directory.path,
+    code, out, err = zerofleet.run(
+        *("run", str(zerofleet.recipe), "--run-dir", str(directory.path), "--json"),
         *(f"save_steps={SAVE_STEPS}", "eval_steps=50", "max_restarts=20", "max_start_failures=20"),
         *("restart_delay_seconds=0", "exclude_node_after=null", "hang_seconds=4"),
+        timeout=800,
     )
+    assert code == 0, err
+    summary = json.loads(out)
     assert (summary["status"], summary["step"]) == ("complete", 150)
     assert records(directory) == records(uninterrupted), "no sample lost or repeated, every loss the same"
     found = incidents(directory)
