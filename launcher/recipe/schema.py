@@ -355,6 +355,8 @@ class FaultToleranceSection(Section):
     """A node that failed so often gets no workers any more, if there are others; null: never."""
     wait_for_nodes_seconds: float = Field(default=600.0, ge=0)
     """How long a run that lost nodes waits for others before it gives up."""
+    resize_interval_seconds: float = Field(default=600.0, ge=0)
+    """A run on fewer nodes than its profile's most grows after a save when there are more, but not more often."""
     hang_seconds: float | None = Field(default=None, gt=0)
     """Training that makes no progress for so long hangs, and is started again; default: 30, or 5 steps if that is
     more."""
