@@ -89,12 +89,22 @@ def _facts(view: "JobView") -> list[tuple[str, str]]:
         facts.append(("expected start", time.strftime("%Y-%m-%d %H:%M", time.localtime(now.expected_start))))
     if view.progress:
         facts.append(("progress", _line(view.progress)))
+    goodput = _goodput(record.run_directory)
+    if goodput is not None:
+        facts.append(("goodput", f"{goodput:.1%} of the time since its start was progress that is kept"))
     facts.append(("nodes", ", ".join(now.nodes) or f"{record.nodes} asked for"))
     if now.starts > 1:
         facts.append(("starts", f"{now.starts}: it was requeued"))
     facts.append(("submitted", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.submitted))))
     facts.append(("run directory", _on_a_line(record.run_directory)))
     return facts
+
+
+def _goodput(run_directory: str) -> float | None:
+    from launcher.orchestration.journal import read_account
+    from launcher.run_directory import RunDirectory
+
+    return read_account(RunDirectory.at(run_directory)).goodput
 
 
 def _line(progress: dict[str, Any]) -> str:

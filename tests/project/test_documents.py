@@ -14,7 +14,10 @@ import pytest
 
 from tests.support.documents import ON_SLURM, ROOT, blocks, commands
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/clusters.md")
+DOCUMENTS = (
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+)
 BIN = Path(sys.executable).parent
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
@@ -51,7 +54,10 @@ def test_make_targets_exist(document: str, count: int) -> None:
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in commands("CONTRIBUTING.md") if c.startswith("python ")])
+BENCHMARKS = [c for document in DOCUMENTS for c in commands(document) if c.startswith("python ")]
+
+
+@pytest.mark.parametrize("command", BENCHMARKS)
 def test_benchmarks_know_their_options(command: str) -> None:
     done = subprocess.run([sys.executable, *command.split()[1:], "--help"], cwd=ROOT, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
