@@ -24,8 +24,8 @@ from tests.support.ray_cluster import HostRay, NetworkRay
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.sshd import SshServer
 
-LONG = 300
-"""Steps of the uninterrupted run that others are compared with."""
+LONG = 150
+"""Steps of the uninterrupted run that others are compared with, and of the one that is interrupted twice."""
 
 # The learning rate is constant, so that runs of different lengths make the same first steps.
 RECIPE = """
