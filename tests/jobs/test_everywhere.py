@@ -133,6 +133,7 @@ def recipe_digest(zerofleet: Zerofleet) -> str:
 @pytest.mark.slurm
 @pytest.mark.ssh
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_one_recipe_unedited_has_the_same_losses_on_every_backend(
     recipe_digest: str, uninterrupted: Path, on_slurm: Life, on_ssh: Life, on_ray: Life, zerofleet: Zerofleet
 ):
