@@ -14,7 +14,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launcher.errors import ExpectedError, RunDirectoryError
+from launcher.errors import ExpectedError
 from launcher.run_directory import ATTEMPT_MARK, RunDirectory
 from launcher.training.context import Beat, Heartbeat, Phase, WorkerContext
 
@@ -101,18 +101,9 @@ class Worker:
         sys.stdout.write("warm\n")
 
     def join(self, rank: int) -> dict[str, Any]:
-        """Become a rank; returns node address, GPU ids, process id and a free port.
-
-        Raises:
-            RunDirectoryError: this machine does not see the run directory.
-        """
+        """Become a rank; returns node address, GPU ids, process id and a free port."""
         import ray
 
-        if not self.run_directory.logs.is_dir():
-            raise RunDirectoryError(
-                f"{socket.gethostname()} does not see the run directory {self.run_directory.path}: it must lie on a "
-                "file system that all nodes share; set it with --run-dir"
-            )
         self.rank = rank
         self.heartbeat = Heartbeat(rank)
         _write_output_to(self.run_directory.rank_log(rank))

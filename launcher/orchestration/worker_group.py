@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -18,7 +18,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launcher.checkpoints import folders
-from launcher.errors import ResourceError, RunDirectoryError
+from launcher.errors import ResourceError
 from launcher.orchestration.detection import Hang
 from launcher.orchestration.failure import Failure, FailureKind
 from launcher.orchestration.stacks import collect, end_silent
@@ -103,7 +103,7 @@ class WorkerGroup:
         """Place and start every rank, on none of the nodes to avoid if there are enough others.
 
         Raises:
-            ResourceError: the cluster does not have what the profile asks for, or not all of it sees the run directory.
+            ResourceError: the cluster does not have what the profile asks for.
         """
         self._beats, self._failures, self._results, self.placements = {}, [], {}, []
         check_cluster(self.shape)
@@ -116,10 +116,6 @@ class WorkerGroup:
         except (RayActorError, GetTimeoutError) as error:
             self._failures = [self._died(0, f"a worker did not start: {error}")]
             return
-        except RayTaskError as error:
-            if isinstance(error.cause, RunDirectoryError):
-                raise ResourceError(str(error.cause)) from None
-            raise
         starts = [
             actor.start.remote(placement, self.shape.device, self.shape.environment)
             for actor, placement in zip(self._actors, self._place(), strict=True)

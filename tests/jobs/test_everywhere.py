@@ -249,9 +249,7 @@ def test_a_machine_that_does_not_see_the_run_directory_is_named(
     finally:
         subprocess.run(second.command("umount", str(own)), check=True)
     assert status["state"] == "FAILED"
-    told = (
-        f"{second.name} does not see the run directory {own / 'run'}: it must lie on a file system that all nodes share"
-    )
+    told = f"error: {second.name}: does not see what {machines.machines[0].name} writes to {own / 'run'}; use a file system"
     assert told in first.ok("logs", job)
 
 
