@@ -249,8 +249,8 @@ def test_a_machine_that_does_not_see_the_run_directory_is_named(
     finally:
         subprocess.run(second.command("umount", str(own)), check=True)
     assert status["state"] == "FAILED"
-    told = f"error: {second.name}: does not see what {machines.machines[0].name} writes to {own / 'run'}; use a file system"
-    assert told in first.ok("logs", job)
+    told = f"error: {second.name}: does not see what {machines.machines[0].name} writes to {own / 'run'}"
+    assert f"{told}; use a file system that all nodes share" in first.ok("logs", job)
 
 
 def _if_over(status: dict[str, Any]) -> dict[str, Any] | None:
