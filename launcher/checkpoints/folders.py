@@ -15,8 +15,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from launcher.checkpoints.disk import sync_folder, write_durably
 from launcher.checkpoints.faults import reach
-from launcher.checkpoints.files import FileRecord, sync_folder, write_durably
+from launcher.checkpoints.files import FileRecord
 from launcher.checkpoints.manifest import MANIFEST_NAME, Manifest, RankManifest, faults_of, write_manifest
 from launcher.errors import CheckpointError
 

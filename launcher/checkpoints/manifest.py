@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from xxhash import xxh3_128_hexdigest
 
-from launcher.checkpoints.files import FileRecord, damages, write_durably
+from launcher.checkpoints.disk import write_durably
+from launcher.checkpoints.files import FileRecord, damages
 from launcher.errors import CheckpointError
 from launcher.planning.layout import BatchPlan, Layout
 from launcher.recipe.schema import Recipe

@@ -107,6 +107,7 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
             _after_step(session, step_batch, report, throughput)
     finally:
         loader.close()
+        session.checkpoints.close()
     return _finish(session, stopped=not _finished(session))
 
 
@@ -204,11 +205,14 @@ def _after_step(session: Session, step_batch: StepBatch, report: StepReport, thr
     reason = _reason_to_save(session, report)
     if reason is not None:
         session.context.heartbeat.enter(Phase.SAVE)
-        saved = session.checkpoints.save(session.engine, progress, reason)
-        if saved:
-            session.context.heartbeat.saved(progress.step)
+        session.checkpoints.save(session.engine, progress, reason)
         if session.triggers is not None:
-            session.triggers.ended(progress.step, saved=saved)
+            session.triggers.begun()
+    for outcome in session.checkpoints.outcomes() if session.context.rank == 0 else []:
+        if not outcome.errors:
+            session.context.heartbeat.saved(outcome.step)
+        if session.triggers is not None:
+            session.triggers.ended(outcome.step, outcome.reason, saved=not outcome.errors)
 
 
 def _reason_to_save(session: Session, report: StepReport) -> str | None:
