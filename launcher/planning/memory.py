@@ -110,6 +110,7 @@ _COUNTED_AT: dict[str, tuple[Any, ...]] = {
     "data_types.grad_accum_dtype": (None,),
     "fp16.fp16_master_weights_and_grads": (False,),
     "optimizer.params.amsgrad": (False, None),
+    "optimizer.type": ("AdamW", "adamw"),
     "torch_autocast.enabled": (False,),
     "zero_optimization.contiguous_gradients": (True,),
     "zero_optimization.offload_optimizer.device": ("none", "cpu"),

@@ -9,6 +9,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import PlanError, Problem
+from launcher.planning.combinations import combination_problems, model_problems
 from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config, with_batch
 from launcher.planning.estimate import estimate_ranks, states_by_zero_stage
 from launcher.planning.layout import (
@@ -28,6 +29,7 @@ from launcher.planning.model_shape import (
     unknown_reason,
     unread_fields,
 )
+from launcher.planning.optimizers import optimizer_problems
 from launcher.planning.rank_memory import RankMemory
 from launcher.recipe.schema import Recipe
 
@@ -91,7 +93,13 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
             gradient_accumulation_steps=recipe.training.gradient_accumulation_steps or 1,
             global_batch_size=recipe.training.global_batch_size or 1,
         )
-    deepspeed = _collect(problems, make_deepspeed_config, recipe, layout, batch)
+    deepspeed = _collect(problems, make_deepspeed_config, recipe, layout, batch, (config or {}).get("model_type"))
+    if deepspeed is not None:
+        offloads = "none" not in (deepspeed.offload_optimizer, deepspeed.offload_param)
+        problems += combination_problems(layout, deepspeed.zero_stage, recipe.training.precision, offloads)
+        problems += optimizer_problems(recipe.optimizer, deepspeed.zero_stage)
+    if config is not None:
+        problems += model_problems(config, layout, recipe)
     if problems or deepspeed is None:
         raise PlanError(recipe.name, problems)
     return _assemble(recipe, resources, layout, batch, config, deepspeed)
@@ -152,12 +160,16 @@ def _assemble(
         memory_by_stage=by_stage,
         ranks=ranks,
         deepspeed_config=deepspeed.config,
-        notes=tuple(_notes(recipe, resources, config, deepspeed)),
+        notes=tuple(_notes(recipe, resources, layout, config, deepspeed)),
     )
 
 
 def _notes(
-    recipe: Recipe, resources: Resources, config: Mapping[str, Any] | None, deepspeed: DeepSpeedPlan
+    recipe: Recipe,
+    resources: Resources,
+    layout: Layout,
+    config: Mapping[str, Any] | None,
+    deepspeed: DeepSpeedPlan,
 ) -> list[str]:
     notes = []
     if config is None:
@@ -171,6 +183,8 @@ def _notes(
         notes.append(f"model.config: transformers knows no {', '.join(unread)} in this family, and ignores it")
     if reason := uncounted_reason(deepspeed.config):
         notes.append(f"memory is not counted: {reason}")
+    if layout.model_parallel_size > 1:
+        notes.append("memory is not counted under tensor, pipeline or sequence parallelism")
     if deepspeed.zero_stage == 0 and recipe.training.precision != "fp32":
         notes.append(
             f"ZeRO stage 0 in {recipe.training.precision}: DeepSpeed makes one optimizer step with zero gradients at "

@@ -10,8 +10,11 @@ from typing import Any
 
 import psutil
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from launcher.data.store import PreparedData
+from launcher.models.parallel import whole_logits
+from launcher.models.sequence import whole_sequences
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory
 from launcher.training.context import Heartbeat, Phase, WorkerContext
@@ -32,8 +35,21 @@ def run(run_directory: str, data: str, stop_after: int | None = None) -> dict[st
     context = _context(run_directory)
     if stop_after is not None:
         _stop_at(context, stop_after)
-    result = train(plan, context, PreparedData.load(Path(data)), torch.device("cpu"))
-    return {**asdict(result), "notices": context.heartbeat.read().notices}
+    try:
+        result = train(plan, context, PreparedData.load(Path(data)), torch.device("cpu"))
+        return {**asdict(result), "notices": context.heartbeat.read().notices}
+    finally:
+        forget_groups()
+
+
+def forget_groups() -> None:
+    """Let the next case make other groups: DeepSpeed keeps those of a process in module globals."""
+    from deepspeed.module_inject.layers import set_autotp_mode
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+    ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
+    set_autotp_mode(training=False)
 
 
 def _stop_at(context: WorkerContext, step: int) -> None:
@@ -74,11 +90,12 @@ def logits(run_directory: str, data: str, input_ids: list[list[int]]) -> list[An
     plan = Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
     session = open_session(plan, _context(run_directory), PreparedData.load(Path(data)), torch.device("cpu"))
     session.engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), whole_logits(session.engine), whole_sequences(session.engine):
         output = session.engine(input_ids=torch.tensor(input_ids), use_cache=False).logits
     if session.monitor is not None:
         session.monitor.close()
     session.engine.destroy()
+    forget_groups()
     result: list[Any] = output.float().tolist()
     return result
 
@@ -97,6 +114,7 @@ def initial_weights(run_directory: str, data: str) -> dict[str, Any]:
     if session.monitor is not None:
         session.monitor.close()
     session.engine.destroy()
+    forget_groups()
     return sums
 
 
