@@ -73,7 +73,7 @@ class BackgroundSaver:
     def __init__(self, after_commit: Callable[[Path], None]) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._after_commit = after_commit
-        self._store = dist.PrefixStore("zerofleet-checkpoints", c10d._get_default_store())
+        self._store = c10d.PrefixStore("zerofleet-checkpoints", c10d._get_default_store())
         self._free: queue.Queue[HostBuffer] = queue.Queue()
         self._buffers = [HostBuffer() for _ in range(BUFFERS)]
         for buffer in self._buffers:

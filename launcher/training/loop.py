@@ -221,11 +221,11 @@ def _after_step(
         session.checkpoints.save(session.engine, progress, reason)
         if session.triggers is not None:
             session.triggers.begun()
-    for outcome in session.checkpoints.outcomes() if session.context.rank == 0 else []:
-        if not outcome.errors:
-            session.context.heartbeat.saved(outcome.step)
+    for save in session.checkpoints.outcomes() if session.context.rank == 0 else []:
+        if not save.errors:
+            session.context.heartbeat.saved(save.step)
         if session.triggers is not None:
-            session.triggers.ended(outcome.step, outcome.reason, saved=not outcome.errors)
+            session.triggers.ended(save.step, save.reason, saved=not save.errors)
 
 
 def _reason_to_save(session: Session, outcome: StepOutcome) -> str | None:
