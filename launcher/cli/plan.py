@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.orchestration.progress import readable_bytes
+from launcher.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from launcher.planning.plan import Plan
@@ -16,6 +18,9 @@ def plan(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, laid over the recipe.")] = None,
     profile: Annotated[str | None, typer.Option(help="Where it would run: a name or a file. Default: local.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Run whose saves were measured, to advise save_steps. Default: runs/NAME.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show what a run would do; starts nothing.
@@ -28,13 +33,40 @@ def plan(
     from launcher.submit import resources_of
 
     loaded = read_recipe(recipe, overrides or ())
-    resources = resources_of(load_profile(profile))
+    where = load_profile(profile)
+    resources = resources_of(where)
     with loaded.locating():
         resolved = make_plan(loaded.recipe, resources)
     if as_json:
         print(resolved.model_dump_json(indent=2))
     else:
         _print_text(resolved)
+        directory = RunDirectory.at(run_dir or Path("runs") / resolved.recipe.name)
+        advice = save_advice(directory, resources.nodes, where.hours_between_failures)
+        if advice is not None:
+            print(f"saves: {advice}")
+
+
+def save_advice(directory: RunDirectory, nodes: int, hours_between_failures: float | None) -> str | None:
+    """How often to save, from what saving has cost and how often machines fail; or what is missing to say it.
+
+    None when nothing is known.
+    """
+    from launcher.planning.save_interval import advise, measured_cost
+
+    cost = measured_cost(directory)
+    if cost is None or hours_between_failures is None:
+        missing = [] if cost is not None else [f"a run in {directory.path} that has saved"]
+        missing += [] if hours_between_failures is not None else ["hours_between_failures in the profile"]
+        return None if len(missing) > 1 else f"how often is best follows from {missing[0]}"
+    advice = advise(cost, nodes, hours_between_failures)
+    machines = "1 node" if nodes == 1 else f"{nodes} nodes"
+    return (
+        f"save_steps={advice.save_steps} is best (every {advice.seconds:,.0f} s): a save holds training up for "
+        f"{cost.blocked_seconds:.3g} s and is committed after {cost.seconds:.3g} s, and {machines} of "
+        f"{hours_between_failures:,g} h between failures fail every {hours_between_failures / nodes:,.4g} h. "
+        f"A failure then loses {advice.lost_seconds:,.3g} s of work; saves and failures take {advice.overhead:.2%}."
+    )
 
 
 def _print_text(plan: "Plan") -> None:

@@ -31,12 +31,14 @@ class Outcome:
         reason: why.
         errors: what went wrong; empty when the checkpoint is committed.
         seconds: from the call to the commit.
+        blocked_seconds: that training waited.
     """
 
     step: int
     reason: str
     errors: tuple[str, ...]
     seconds: float
+    blocked_seconds: float
 
 
 @dataclass
@@ -48,16 +50,18 @@ class Save:
         token: of the save, the same on every rank.
         manifest: of the checkpoint, without files.
         buffer: holds this rank's files.
+        began: monotonic seconds, when the save was asked for.
         errors: what went wrong on this rank before the writing began.
-        began: monotonic seconds.
+        copied: monotonic seconds, when training went on.
     """
 
     incomplete: Path
     token: str
     manifest: Manifest
     buffer: HostBuffer
+    began: float
     errors: list[str] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
+    copied: float = 0.0
 
 
 class BackgroundSaver:
@@ -98,11 +102,8 @@ class BackgroundSaver:
 
     def begin(self, save: Save) -> None:
         """Hand over a save whose states are copied."""
+        save.copied = time.monotonic()
         self._saves.put(save)
-
-    def give_back(self, buffer: HostBuffer) -> None:
-        """Return a buffer that holds nothing worth writing."""
-        self._free.put(buffer)
 
     def outcomes(self) -> list[Outcome]:
         """How saves ended since the last call."""
@@ -153,8 +154,10 @@ class BackgroundSaver:
         self._store.set(f"{save.token}/{self.rank}", part.model_dump_json())
         if self.rank == 0:
             errors = self._commit(save)
-        manifest = save.manifest
-        return Outcome(manifest.step, manifest.reason, tuple(errors), time.monotonic() - save.began)
+        manifest, ended = save.manifest, time.monotonic()
+        return Outcome(
+            manifest.step, manifest.reason, tuple(errors), ended - save.began, blocked_seconds=save.copied - save.began
+        )
 
     def _commit(self, save: Save) -> list[str]:
         """Wait for all ranks' parts and make the folder a checkpoint, or nothing."""

@@ -93,6 +93,7 @@ class CheckpointManager:
         Raises:
             StorageError: more saves in a row failed than `checkpoint.max_failed_saves`, or one that must not fail.
         """
+        began = time.monotonic()
         reason, skipped, problem = broadcast(lambda: (reason, *self._before(progress.step, reason)))
         if problem is not None:
             raise StorageError(problem)
@@ -104,9 +105,9 @@ class CheckpointManager:
         errors = folder.make()
         asynchronous = self.plan.recipe.checkpoint.asynchronous
         if asynchronous and not errors:
-            self._copy(engine, progress, reason, folder)
+            self._copy(engine, progress, reason, folder, began)
         else:
-            self._save_now(engine, progress, reason, folder, errors)
+            self._save_now(engine, progress, reason, folder, errors, began)
         if reason in WAITED_FOR or not asynchronous:
             self._finish_saves(final=reason in FINAL)
 
@@ -122,9 +123,14 @@ class CheckpointManager:
         return skipped, None
 
     def _save_now(
-        self, engine: Any, progress: Progress, reason: str, folder: CollectiveFolder, errors: list[str]
+        self,
+        engine: Any,
+        progress: Progress,
+        reason: str,
+        folder: CollectiveFolder,
+        errors: list[str],
+        began: float,
     ) -> None:
-        began = time.monotonic()
         if not errors:
             self.files.begin(folder.incomplete)
             self._hand_over(engine, folder)
@@ -134,12 +140,13 @@ class CheckpointManager:
             folder.abandon()
         elif self.rank == 0:
             self._committed(self.directory / folders.folder_name(progress.step))
-        self._ended(Outcome(progress.step, reason, tuple(errors), time.monotonic() - began))
+        seconds = time.monotonic() - began
+        self._ended(Outcome(progress.step, reason, tuple(errors), seconds, blocked_seconds=seconds))
 
-    def _copy(self, engine: Any, progress: Progress, reason: str, folder: CollectiveFolder) -> None:
+    def _copy(self, engine: Any, progress: Progress, reason: str, folder: CollectiveFolder, began: float) -> None:
         background = self._background = self._background or BackgroundSaver(self._committed)
         buffer = background.free_buffer()
-        save = Save(folder.incomplete, folder.token, self._manifest(progress, reason), buffer)
+        save = Save(folder.incomplete, folder.token, self._manifest(progress, reason), buffer, began)
         self.files.begin(folder.incomplete, buffer)
         self._hand_over(engine, folder)
         save.errors.extend(self.files.errors)

@@ -1,5 +1,6 @@
 """Training, as one rank does it: fetch, forward, backward, step, report, evaluate, save."""
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -222,6 +223,10 @@ def _after_step(
         if session.triggers is not None:
             session.triggers.begun()
     for save in session.checkpoints.outcomes() if session.context.rank == 0 else []:
+        record = {"step": save.step, "reason": save.reason, "saved": not save.errors}
+        seconds = {"seconds": round(save.seconds, 4), "blocked_seconds": round(save.blocked_seconds, 4)}
+        with contextlib.suppress(OSError):  # a full disk fails saves, which is what is being told here
+            append_json_line(session.context.run_directory.saves, record | seconds)
         if not save.errors:
             session.context.heartbeat.saved(save.step)
         if session.triggers is not None:
