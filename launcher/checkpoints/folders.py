@@ -44,6 +44,11 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
+def is_name(name: str) -> bool:
+    """Whether a committed checkpoint may be called so."""
+    return _STEP.fullmatch(name) is not None
+
+
 def complete(checkpoints: Path) -> list[Path]:
     """Folders of committed checkpoints, oldest first; whether their files are whole is not looked at."""
     folders = [path for path in _entries(checkpoints) if _STEP.fullmatch(path.name)]
