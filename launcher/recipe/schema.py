@@ -288,8 +288,8 @@ class CheckpointSection(Section):
     part of host memory, and training with it when that is taken too; or it is left out."""
     directory: str | None = None
     """A second place for the checkpoints, this run's alone: any URL that fsspec knows, such as `s3://bucket/run-7`, or
-    a path. They are committed in the run directory, copied there meanwhile, and fetched from there by a machine that has
-    none or only older ones."""
+    a path. They are committed in the run directory, copied there meanwhile, and fetched by a machine that has none or
+    only older ones."""
     verify: Literal["size", "full"] = "full"
     """What is compared before a checkpoint is trusted: the files' sizes, or their checksums too."""
     max_failed_saves: int = Field(default=3, ge=0)
