@@ -214,6 +214,8 @@ class ParallelSection(Section):
     """Workers that share each layer's matrices."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Stages that share the layers."""
+    pipeline_partition: Literal["parameters", "time"] = "parameters"
+    """What the stages share equally: parameters (memory), or an estimate of the time of each layer."""
     sequence_parallel_size: int = Field(default=1, ge=1)
     """Workers that share each sequence."""
     expert_parallel_size: int = Field(default=1, ge=1)

@@ -27,7 +27,11 @@ class CausalLanguageModelling:
         self.plan = plan
 
     def build_model(self) -> torch.nn.Module:
-        """Build the model in the recipe's precision."""
+        """Build the model in the recipe's precision; with a pipeline, this rank's stage of it."""
+        if self.plan.layout.pipeline_parallel_size > 1:
+            from launcher.models.pipeline import Pipeline
+
+            return Pipeline(self.plan, AutoModelForCausalLM)
         model: torch.nn.Module = build_model(self.plan, AutoModelForCausalLM)
         return model
 
