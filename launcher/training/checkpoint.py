@@ -82,7 +82,7 @@ class CheckpointManager:
         self._known: list[Outcome] = []
         self._saves = 0
         self._attempt = check_shared(directory)
-        self._background: BackgroundSaver | None = None
+        self.background: BackgroundSaver | None = None
 
     def save(self, engine: Any, progress: Progress, reason: str = "interval") -> None:
         """Save the engine's state after `progress.step` steps, then prune; `outcomes` tells how that ended.
@@ -116,7 +116,7 @@ class CheckpointManager:
         self._collect()
         if self.failed_saves > self.plan.recipe.checkpoint.max_failed_saves:
             return False, self._last_failure
-        busy = self._background is not None and self._background.is_busy
+        busy = self.background is not None and self.background.is_busy
         skipped = busy and self.plan.recipe.checkpoint.when_busy == "skip" and reason not in WAITED_FOR
         if skipped:
             self.notify(f"the checkpoint at step {step} is skipped: the one before it is still being written")
@@ -144,7 +144,7 @@ class CheckpointManager:
         self._ended(Outcome(progress.step, reason, tuple(errors), seconds, blocked_seconds=seconds))
 
     def _copy(self, engine: Any, progress: Progress, reason: str, folder: CollectiveFolder, began: float) -> None:
-        background = self._background = self._background or BackgroundSaver(self._committed)
+        background = self.background = self.background or BackgroundSaver(self._committed)
         buffer = background.free_buffer()
         save = Save(folder.incomplete, folder.token, self._manifest(progress, reason), buffer, began)
         self.files.begin(folder.incomplete, buffer)
@@ -168,7 +168,7 @@ class CheckpointManager:
         return known
 
     def _collect(self) -> None:
-        for outcome in [] if self._background is None else self._background.outcomes():
+        for outcome in [] if self.background is None else self.background.outcomes():
             self._ended(outcome)
 
     def _ended(self, outcome: Outcome) -> None:
@@ -194,8 +194,8 @@ class CheckpointManager:
         Raises:
             StorageError: the last save of the run failed, or too many in a row.
         """
-        if self._background is not None:
-            self._background.drain()
+        if self.background is not None:
+            self.background.drain()
         problem = broadcast(lambda: self._problem(final=final))
         if problem is not None:
             raise StorageError(problem)
@@ -208,9 +208,9 @@ class CheckpointManager:
 
     def close(self) -> None:
         """End what works beside the training; what is in flight is given up unless it was waited for."""
-        if self._background is not None:
-            self._background.close()
-            self._background = None
+        if self.background is not None:
+            self.background.close()
+            self.background = None
 
     def _new_folder(self, step: int) -> CollectiveFolder:
         self._saves += 1

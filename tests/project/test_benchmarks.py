@@ -38,3 +38,14 @@ def test_the_cost_of_commands_is_measured_on_a_full_registry() -> None:
     assert result["records"] == 1000
     assert set(result["ratios"]) == {f"zerofleet {verb}" for verb in ("--help", "plan", "jobs", "status", "logs")}
     assert all(spread["median"] > 0 for spread in result["ratios"].values())
+
+
+@pytest.mark.distributed
+def test_every_way_of_saving_is_measured() -> None:
+    command = [sys.executable, "benchmarks/checkpoint.py", "--megabytes", "4", "--rounds", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result["arms"]) == {"ours_asynchronous", "ours_synchronous", "deepspeed", "dcp", "dcp_asynchronous"}
+    assert all(figures["blocked"]["median"] > 0 for figures in result["arms"].values())
+    assert [len(load["told"]) for load in result["loads"].values()] == [0, 2, 0], "converted once"
