@@ -179,8 +179,12 @@ def _everywhere(done: bool) -> bool:
 
 def _arms(me: Engine) -> dict[str, Callable[[int], Callable[[], bool]]]:
     """Each arm starts a save of the given step and returns what tells whether it is over."""
-    import torch.distributed.checkpoint as dcp
+    from concurrent.futures import Future
+    from typing import cast
+
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
     from launcher.training.checkpoint import Progress
 
@@ -203,12 +207,12 @@ def _arms(me: Engine) -> dict[str, Callable[[int], Callable[[], bool]]]:
         return over
 
     def distributed(step: int) -> Callable[[], bool]:
-        dcp.save(me.state(), storage_writer=dcp.FileSystemWriter(me.folder / "dcp", overwrite=True))
+        save(me.state(), storage_writer=FileSystemWriter(me.folder / "dcp", overwrite=True))
         return over
 
     def distributed_beside(step: int) -> Callable[[], bool]:
-        writer = dcp.FileSystemWriter(me.folder / "dcp-beside", overwrite=True)
-        future = dcp.async_save(me.state(), storage_writer=writer)
+        writer = FileSystemWriter(me.folder / "dcp-beside", overwrite=True)
+        future = cast(Future[Any], async_save(me.state(), storage_writer=writer))
         return future.done
 
     return {
@@ -296,7 +300,7 @@ def summary(saves: dict[str, Any], loads: dict[str, Any], verified: dict[str, fl
         }
     by_round = {(save["round"], save["arm"]): save["blocked"] for save in later}
     rounds = sorted({save["round"] for save in later})
-    ratios = {
+    ratios: dict[str, Any] = {
         f"{arm} / dcp": vars(Spread.of([by_round[r, arm] / by_round[r, "dcp"] for r in rounds]))
         for arm in ARMS
         if arm != "dcp"
