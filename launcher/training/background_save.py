@@ -130,14 +130,14 @@ class BackgroundSaver:
             buffer.close()
 
     def _work(self) -> None:
-        while True:
-            save = self._saves.get()
+        while (save := self._saves.get()) is not None:
             try:
-                if save is None:
-                    return
                 self._outcomes.put(self._make(save))
+            except Exception as error:  # whoever drains must not wait for a thread that has ended
+                self._outcomes.put(_outcome(save, [f"{type(error).__name__}: {error}"]))
             finally:
                 self._saves.task_done()
+        self._saves.task_done()
 
     def _make(self, save: Save) -> Outcome:
         records: dict[str, FileRecord] = {}
@@ -154,10 +154,7 @@ class BackgroundSaver:
         self._store.set(f"{save.token}/{self.rank}", part.model_dump_json())
         if self.rank == 0:
             errors = self._commit(save)
-        manifest, ended = save.manifest, time.monotonic()
-        return Outcome(
-            manifest.step, manifest.reason, tuple(errors), ended - save.began, blocked_seconds=save.copied - save.began
-        )
+        return _outcome(save, errors)
 
     def _commit(self, save: Save) -> list[str]:
         """Wait for all ranks' parts and make the folder a checkpoint, or nothing."""
@@ -182,3 +179,10 @@ class BackgroundSaver:
         part = RankManifest.model_validate_json(self._store.get(key))
         self._store.delete_key(key)
         return part
+
+
+def _outcome(save: Save, errors: list[str]) -> Outcome:
+    manifest, ended = save.manifest, time.monotonic()
+    return Outcome(
+        manifest.step, manifest.reason, tuple(errors), ended - save.began, blocked_seconds=save.copied - save.began
+    )

@@ -20,7 +20,7 @@ from launcher.recipe.loading import recipe_hash
 from launcher.training import upstream
 from launcher.training.background_save import BackgroundSaver, Outcome, Save
 from launcher.training.checkpoint_files import CheckpointFiles
-from launcher.training.collective_folder import CollectiveFolder
+from launcher.training.collective_folder import CollectiveFolder, attempted
 from launcher.training.distributed import broadcast
 from launcher.training.restore import Restorer
 from launcher.training.shared_directory import check_shared
@@ -158,8 +158,11 @@ class CheckpointManager:
         engine.save_checkpoint(str(self.directory), tag=folder.incomplete.name, client_state=state, save_latest=False)
 
     def _committed(self, folder: Path) -> None:
-        folders.point_to(folder)
-        prune(self.directory, self.plan.recipe.checkpoint)
+        """What follows a commit; when it goes wrong, the checkpoint is one all the same."""
+        for error in attempted(lambda: folders.point_to(folder)) + attempted(
+            lambda: prune(self.directory, self.plan.recipe.checkpoint)
+        ):
+            self._tell(f"{folder.name} is saved, but what comes after a save failed: {error}")
 
     def outcomes(self) -> list[Outcome]:
         """How saves ended since the last call; on rank 0, and of its own part on another rank."""
