@@ -1,10 +1,8 @@
-"""Checkpoints in an object store: fsspec's own in memory, and a real server that speaks S3."""
+"""Checkpoints in a second place: fsspec's object store in memory, and a path."""
 
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -22,40 +20,12 @@ MakeCheckpoint = Callable[..., Path]
 KEEP_ALL = CheckpointSection(save_total_limit=None)
 
 
-@pytest.fixture(params=["memory", "file", "s3"])
+@pytest.fixture(params=["memory", "file"])
 def remote(request: pytest.FixtureRequest, tmp_path: Path) -> RemoteCheckpoints:
     if request.param == "memory":
         fsspec.filesystem("memory").store.clear()
         return RemoteCheckpoints("memory://bucket/run")
-    if request.param == "file":
-        return RemoteCheckpoints(str(tmp_path / "elsewhere"))
-    return RemoteCheckpoints(request.getfixturevalue("s3_url"))
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert server.stderr is not None
-    address = next(line for line in server.stderr if "Running on" in line).split()[-1]
-    yield address
-    server.kill()
-    server.wait()
-
-
-@pytest.fixture
-def s3_url(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    bucket = tmp_path.name.replace("_", "-").lower()
-    fsspec.filesystem("s3").mkdir(bucket)
-    return f"s3://{bucket}/run"
+    return RemoteCheckpoints(str(tmp_path / "elsewhere"))
 
 
 def test_another_machine_resumes_from_it_alone(
