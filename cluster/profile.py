@@ -52,6 +52,11 @@ class Profile(BaseModel):
     """What a worker computes on, one GPU a worker for `cuda`; `auto`: `cuda` when this machine shows a GPU."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """Cores that Ray reserves for each worker."""
+    accelerator: str | None = None
+    """GPU of each worker, as `zerofleet plan --gpu` names it (`H100-80GB`) or a file that describes one: plans then say
+    how long a step takes and refuse what does not fit."""
+    host_memory_gib: float | None = Field(default=None, gt=0)
+    """Memory of each machine, which bounds what can be offloaded; default: this machine's on the local backend."""
     address: str | None = None
     """Where the Ray cluster listens (`10.0.0.1:6379`); default: `RAY_ADDRESS` of the environment."""
     environment: dict[EnvironmentName, str] = Field(default_factory=dict)
