@@ -182,6 +182,7 @@ def _arms(me: Engine) -> dict[str, Callable[[int], Callable[[], bool]]]:
     from concurrent.futures import Future
     from typing import cast
 
+    import torch.distributed as dist
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import async_save, save
@@ -190,6 +191,7 @@ def _arms(me: Engine) -> dict[str, Callable[[int], Callable[[], bool]]]:
 
     beside, within = me.manager("ours"), me.manager("within", "asynchronous=false")
     me.managers = [beside, within]
+    own = dist.new_group()  # its thread's collectives would meet those of the steps in one group
 
     def over() -> bool:
         return True
@@ -212,7 +214,7 @@ def _arms(me: Engine) -> dict[str, Callable[[int], Callable[[], bool]]]:
 
     def distributed_beside(step: int) -> Callable[[], bool]:
         writer = FileSystemWriter(me.folder / "dcp-beside", overwrite=True)
-        future = cast(Future[Any], async_save(me.state(), storage_writer=writer))
+        future = cast(Future[Any], async_save(me.state(), storage_writer=writer, process_group=own))
         return future.done
 
     return {
