@@ -312,6 +312,16 @@ class CheckpointSection(Section):
     keep_best: int = Field(default=0, ge=0)
     """Keep, besides them, so many of the lowest validation loss; only steps that are evaluated and saved can be among
     them."""
+    asynchronous: bool = True
+    """Copy the state into host memory and write it beside the training; false: training waits for the disk, and the
+    host needs no memory for the copy."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """What a save does that comes while the one before it is being written: its copy waits for its turn in a second
+    part of host memory, and training with it when that is taken too; or it is left out."""
+    directory: str | None = None
+    """A second place for the checkpoints, this run's alone: any URL that fsspec knows, such as `s3://bucket/run-7`, or
+    a path. They are committed in the run directory, copied there meanwhile, and fetched by a machine that has none or
+    only older ones."""
     verify: Literal["size", "full"] = "full"
     """What is compared before a checkpoint is trusted: the files' sizes, or their checksums too."""
     max_failed_saves: int = Field(default=3, ge=0)

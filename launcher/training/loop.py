@@ -1,5 +1,6 @@
 """Training, as one rank does it: fetch, forward, backward, step, report, evaluate, save."""
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -100,6 +101,7 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
             _after_step(session, step_batch, outcome, learning_rate, throughput)
     finally:
         loader.close()
+        session.checkpoints.close()
     return _finish(session, stopped=not _finished(session))
 
 
@@ -217,11 +219,18 @@ def _after_step(
     if reason is not None:
         session.losses.check()
         session.context.heartbeat.enter(Phase.SAVE)
-        saved = session.checkpoints.save(session.engine, progress, reason)
-        if saved:
-            session.context.heartbeat.saved(progress.step)
+        session.checkpoints.save(session.engine, progress, reason)
         if session.triggers is not None:
-            session.triggers.ended(progress.step, saved=saved)
+            session.triggers.begun()
+    for save in session.checkpoints.outcomes() if session.context.rank == 0 else []:
+        record = {"step": save.step, "reason": save.reason, "saved": not save.errors}
+        seconds = {"seconds": round(save.seconds, 4), "blocked_seconds": round(save.blocked_seconds, 4)}
+        with contextlib.suppress(OSError):  # a full disk fails saves, which is what is being told here
+            append_json_line(session.context.run_directory.saves, record | seconds)
+        if not save.errors:
+            session.context.heartbeat.saved(save.step)
+        if session.triggers is not None:
+            session.triggers.ended(save.step, save.reason, saved=not save.errors)
 
 
 def _reason_to_save(session: Session, outcome: StepOutcome) -> str | None:
