@@ -175,5 +175,10 @@ def evaluation_batches(
 
 
 def without_targets(sample: Sample) -> Sample:
-    """Return the sample with every label ignored."""
-    return {**sample, "labels": np.full_like(sample["labels"], IGNORED)}
+    """Return the sample with every label (fields whose name ends with `labels`) ignored: -100, or NaN for numbers."""
+    ignored = {
+        name: np.full_like(values, np.nan if np.issubdtype(values.dtype, np.floating) else IGNORED)
+        for name, values in sample.items()
+        if name.endswith("labels")
+    }
+    return {**sample, **ignored}

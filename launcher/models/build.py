@@ -43,7 +43,7 @@ def build_config(plan: Plan) -> Any:
         raise ModelError(f"transformers refuses {origin}: {type(error).__name__}: {error}") from error
 
 
-def build_model(plan: Plan, auto_class: Any) -> PreTrainedModel:
+def build_model(plan: Plan, auto_class: Any, config: Any = None) -> PreTrainedModel:
     """Build the plan's model with weights.
 
     Random weights are a function of (seed, module name) alone: equal for every ZeRO stage and every layout, because
@@ -52,6 +52,7 @@ def build_model(plan: Plan, auto_class: Any) -> PreTrainedModel:
     Args:
         plan: names the model, its precision and the ZeRO stage.
         auto_class: the transformers auto class of the task, such as `AutoModelForCausalLM`.
+        config: the transformers config; default: `build_config(plan)`.
 
     Returns:
         The model: fp32 weights from a config (DeepSpeed casts them), on the host; partitioned already under ZeRO 3.
@@ -59,7 +60,7 @@ def build_model(plan: Plan, auto_class: Any) -> PreTrainedModel:
     Raises:
         ModelError: transformers refuses the model.
     """
-    config = build_config(plan)
+    config = build_config(plan) if config is None else config
     attention = plan.recipe.model.attn_implementation
     try:
         if plan.recipe.model.model_name_or_path is not None:

@@ -22,7 +22,7 @@ from launcher.errors import RecipeError
 from launcher.recipe.catalogue import find_recipe
 from launcher.recipe.overrides import apply_overrides
 from launcher.recipe.references import escape, resolve_references
-from launcher.recipe.schema import HubSource, Recipe, SavedSource, Source
+from launcher.recipe.schema import HubSource, Recipe, SavedSource, ScikitLearnSource, Source
 
 _PATH_BEGINNINGS = ("./", "../", "/", "~/")
 
@@ -113,7 +113,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _absolute_source(source: Source, folder: Path) -> Source:
-    if isinstance(source, HubSource):
+    if isinstance(source, HubSource | ScikitLearnSource):
         return source
     if isinstance(source, SavedSource):
         return source.model_copy(update={"path": _absolute(source.path, folder)})

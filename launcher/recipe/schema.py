@@ -5,13 +5,11 @@ The strings under the fields are their documentation: ``zerofleet schema`` print
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of every part of a recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+from launcher.recipe.section import Section
+from launcher.recipe.task_sections import ClassificationSection, ImageSection
+from launcher.recipe.tasks import TASKS, TaskName
 
 
 class ModelSection(Section):
@@ -52,6 +50,8 @@ class TokenizerSection(Section):
     """Folder or hub name; default: the model's."""
     train: TrainTokenizerSection | None = None
     """Train one from the training documents instead of loading one."""
+    pad_token: str | None = None
+    """Which token of a loaded tokenizer pads, where it names none itself."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "TokenizerSection":
@@ -63,6 +63,8 @@ class TokenizerSection(Section):
 class _SourceBase(Section):
     text_column: str = "text"
     """Column that holds the text."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Which column holds what a task reads (`{text: review, label: stars}`), where its name is another one."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this source in the mixture, relative to the other sources' weights."""
 
@@ -78,6 +80,8 @@ class TextSource(_SourceBase):
     with `./` or `../` from the folder of the recipe."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """What one document is: a file, a paragraph (separated by an empty line) or a line."""
+    label_from_folder: bool = False
+    """Give each document the name of its file's folder as `label`."""
 
 
 class TableSource(_SourceBase):
@@ -101,6 +105,25 @@ class SavedSource(_SourceBase):
     """Split, when the folder holds a DatasetDict."""
 
 
+class ImageFolderSource(_SourceBase):
+    """Image files in one folder a class: `images/CLASS/*.png`."""
+
+    type: Literal["image_folder"]
+    files: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Paths or globs (`**` crosses folders); relative ones are taken from the folder of the recipe."""
+    exclude: tuple[str, ...] = ()
+    """Globs of files to leave out, matched against the whole path; a relative one matches at any depth, one that begins
+    with `./` or `../` from the folder of the recipe."""
+
+
+class ScikitLearnSource(_SourceBase):
+    """A data set that comes inside scikit-learn's own package."""
+
+    type: Literal["sklearn"]
+    name: Literal["digits"]
+    """`digits`: 1,797 images of 8 x 8 pixels, in ten classes."""
+
+
 class HubSource(_SourceBase):
     """A data set by hub name."""
 
@@ -115,7 +138,10 @@ class HubSource(_SourceBase):
     """Commit or tag, to pin what is read."""
 
 
-Source = Annotated[TextSource | TableSource | SavedSource | HubSource, Field(discriminator="type")]
+Source = Annotated[
+    TextSource | TableSource | SavedSource | ImageFolderSource | ScikitLearnSource | HubSource,
+    Field(discriminator="type"),
+]
 
 
 class DataSection(Section):
@@ -127,13 +153,16 @@ class DataSection(Section):
     """Held-out data; default: split off the sources by `validation_fraction`."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the documents that is held out; a document's side depends on its text alone, never on file order."""
-    sequence_length: int = Field(ge=2)
-    """Tokens per sample."""
+    sequence_length: int = Field(default=1, ge=1)
+    """Tokens per sample, at most; 1 for tasks without text."""
     packing: Literal["concat", "first_fit_decreasing", "none"] = "concat"
     """`concat`: one stream cut every sequence_length tokens, nothing wasted, documents are cut; `first_fit_decreasing`:
     documents that fit are kept whole, a little padding; `none`: one document a sample, cut or padded."""
     cross_document_attention: bool = False
     """Let packed documents attend to each other and predict each other's first token."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the examples of labelled tasks that may be unusable (empty texts, unreadable images, answers that are
+    not in their context): they are left out and counted; more of them is an error."""
     preprocessing_num_workers: int | None = Field(default=None, ge=1)
     """Threads that tokenise; default: the number of cores."""
     cache_directory: str | None = None
@@ -311,13 +340,15 @@ class Recipe(Section):
     """Names the run; the run directory is `runs/NAME` unless given."""
     description: str = ""
     """For people."""
-    task: Literal["causal_lm"] = "causal_lm"
+    task: TaskName = "causal_lm"
     """What the model learns to do."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Of initial weights, sample order, split and dropout."""
     model: ModelSection
     tokenizer: TokenizerSection = TokenizerSection()
     data: DataSection
+    classification: ClassificationSection = ClassificationSection()
+    image: ImageSection = ImageSection()
     training: TrainingSection
     optimizer: OptimizerSection = OptimizerSection()
     parallel: ParallelSection = ParallelSection()
@@ -330,7 +361,30 @@ class Recipe(Section):
     fault_tolerance: FaultToleranceSection = FaultToleranceSection()
 
     @model_validator(mode="after")
+    def _fits_its_task(self) -> "Recipe":
+        entry = TASKS[self.task]
+        if self.evaluation.generate.prompts and not entry.generates:
+            raise ValueError(f"task {self.task} generates no text: leave evaluation.generate.prompts out")
+        sizes = self.parallel
+        if (
+            not entry.packed_text
+            and max(
+                sizes.tensor_parallel_size,
+                sizes.pipeline_parallel_size,
+                sizes.sequence_parallel_size,
+                sizes.expert_parallel_size,
+            )
+            > 1
+        ):
+            raise ValueError(f"task {self.task} is data parallel only, with any ZeRO stage: leave parallel out")
+        if TASKS[self.task].tokens and self.data.sequence_length < 2:
+            raise ValueError(f"task {self.task} reads text: set data.sequence_length to 2 or more")
+        return self
+
+    @model_validator(mode="after")
     def _tokenizer_has_an_origin(self) -> "Recipe":
+        if not TASKS[self.task].tokens:
+            return self
         loaded = self.tokenizer.tokenizer_name_or_path or self.model.model_name_or_path
         if loaded is None and self.tokenizer.train is None:
             raise ValueError("a model from config needs tokenizer.tokenizer_name_or_path or tokenizer.train")

@@ -8,28 +8,20 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name that every PyTorch reader expects)
 from transformers import AutoModelForCausalLM
 
-from launcher.models.build import build_model
-from launcher.planning.plan import Plan
-from launcher.tasks.base import Batch, LossOutput, Sample
+from launcher.tasks.base import Batch, LossOutput, Sample, Task
 
 IGNORED = -100
 """Label of a position that is no target, as in transformers."""
 
 
-class CausalLanguageModelling:
+class CausalLanguageModelling(Task):
     """Next-token prediction over packed rows.
 
     A row holds several documents. Position ids that restart at each document make transformers build a block-diagonal
     causal mask (`masking_utils.find_packed_sequence_indices`), so no attention mask travels with the batch.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-
-    def build_model(self) -> torch.nn.Module:
-        """Build the model in the recipe's precision."""
-        model: torch.nn.Module = build_model(self.plan, AutoModelForCausalLM)
-        return model
+    auto_class = AutoModelForCausalLM
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack rows to `input_ids`, `labels`, `position_ids`, int64 of shape [samples, sequence_length] each.

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from launcher.checkpoints.manifest import faults_of, read_manifest
+from launcher.data.store import PreparedData
 from launcher.errors import CheckpointError, StorageError
-from launcher.models.build import DTYPES, build_config
+from launcher.models.build import DTYPES
 from launcher.planning.plan import Plan
-
-AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM}
+from launcher.recipe.tasks import TASKS
+from launcher.tasks import make_task
 
 
 def consolidated_state_dict(folder: Path, zero_stage: int) -> dict[str, Any]:
@@ -53,10 +54,11 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
         raise CheckpointError(f"checkpoint {folder} is damaged: {'; '.join(wrong)}. Export another one with --step.")
     state = consolidated_state_dict(folder, manifest.zero_stage)
     dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
-    config = build_config(plan)
+    task = make_task(plan, PreparedData.load(tokenizer_directory.parent).facts)
+    config = task.config()
     config.use_cache = True
     with torch.device("meta"):
-        model = AUTO_CLASSES[plan.recipe.task].from_config(config, dtype=dtype)
+        model = task.auto_class.from_config(config, dtype=dtype)
     # Tied weights may be absent from the state (one copy is stored); everything else must match.
     tied = set(model.all_tied_weights_keys)
     mismatch = (set(model.state_dict()) ^ set(state)) - tied
@@ -64,23 +66,29 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
         raise CheckpointError(
             f"checkpoint {folder} does not hold the plan's model; differing names: {sorted(mismatch)[:5]}"
         )
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
+    if not TASKS[plan.recipe.task].tokens:
+        _write(model, target)
+        return target
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
-    generation = model.generation_config or GenerationConfig()
-    generation.bos_token_id = tokenizer.bos_token_id
-    generation.eos_token_id = tokenizer.eos_token_id
-    generation.pad_token_id = tokenizer.pad_token_id
-    model.generation_config = generation
-    _write(model, tokenizer, target)
+    if model.can_generate():
+        generation = model.generation_config or GenerationConfig()
+        generation.bos_token_id = tokenizer.bos_token_id
+        generation.eos_token_id = tokenizer.eos_token_id
+        generation.pad_token_id = tokenizer.pad_token_id
+        model.generation_config = generation
+    _write(model, target, tokenizer)
     return target
 
 
-def _write(model: Any, tokenizer: Any, target: Path) -> None:
+def _write(model: Any, target: Path, tokenizer: Any = None) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     except (OSError, RuntimeError) as error:

@@ -13,13 +13,14 @@ from launcher.data.sampler import GlobalOrder
 from launcher.data.store import PreparedData
 from launcher.planning.plan import Plan
 from launcher.run_directory import append_json_line, read_json_lines
-from launcher.tasks import TASKS, Task
+from launcher.tasks import Metrics, Task, make_task
 from launcher.training.checkpoint import CheckpointManager, Progress
 from launcher.training.context import Phase, WorkerContext
 from launcher.training.distributed import Agreement, max_over_ranks, sum_over_ranks
 from launcher.training.engine import build_engine, total_steps
 from launcher.training.evaluation import Evaluation, evaluate, generate
 from launcher.training.export import export_checkpoint
+from launcher.training.measuring import measure, write_evaluation
 from launcher.training.monitor import Monitor, Throughput, memory_bytes
 from launcher.training.upstream import step_and_norm, to_device
 
@@ -112,7 +113,7 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
     """Build model and engine, and load the newest checkpoint."""
     heartbeat = context.heartbeat
     heartbeat.enter(Phase.ENGINE)
-    task: Task = TASKS[plan.recipe.task](plan)
+    task = make_task(plan, prepared.facts)
     samples = sum(len(dataset) for dataset in prepared.split("train"))
     max_steps = total_steps(plan.recipe.training, samples, plan.batch.global_batch_size)
     torch.manual_seed(plan.recipe.seed)
@@ -237,7 +238,13 @@ def _evaluate(session: Session) -> Evaluation | None:
         return None
     session.context.heartbeat.enter(Phase.EVALUATE)
     settings, progress = session.plan.recipe.evaluation, session.progress
-    result = evaluate(session.engine, session.task, datasets, session.plan, session.context.rank, session.device)
+    metrics = Metrics()
+    if session.task.has_metrics:
+        result, metrics = measure(
+            session.engine, session.task, datasets, session.plan, session.context.rank, session.device
+        )
+    else:
+        result = evaluate(session.engine, session.task, datasets, session.plan, session.context.rank, session.device)
     best = progress.best_eval_loss
     progress.eval_loss, progress.eval_step = result.loss, progress.step
     if best is None or result.loss < best - settings.early_stopping_threshold:
@@ -254,7 +261,10 @@ def _evaluate(session: Session) -> Evaluation | None:
     )
     if session.monitor is not None:
         values = {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_targets": result.num_targets}
+        values |= {f"eval_{name}": value for name, value in metrics.values.items()}
         record = session.monitor.record(progress.step, values)
+        session.monitor.record_report(progress.step, metrics)
+        write_evaluation(session.context.run_directory, progress.step, result, metrics)
         session.context.heartbeat.metrics = {**session.context.heartbeat.metrics, **record}
         session.monitor.record_texts(progress.step, texts)
     dist.barrier()

@@ -1,0 +1,64 @@
+"""Settings of single kinds of training."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from launcher.recipe.section import Section
+
+
+class ClassificationSection(Section):
+    """Of the tasks whose targets are classes (or, for `regression`, numbers)."""
+
+    problem_type: Literal["single_label", "multi_label", "regression"] = "single_label"
+    """One class an example, any number of them, or a number."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of the model's outputs; default: those of the training data, sorted."""
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    """How much an example of each class counts: `balanced` gives all classes the same weight together; scaled so that
+    the mean over the training examples is 1."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is spread evenly over all classes (Szegedy et al., arXiv 1512.00567)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ClassificationSection":
+        if self.problem_type != "single_label" and (self.class_weights is not None or self.label_smoothing):
+            raise ValueError(f"class_weights and label_smoothing are for single_label, not for {self.problem_type}")
+        if self.problem_type == "regression" and self.labels:
+            raise ValueError("regression predicts a number: leave labels out")
+        if isinstance(self.class_weights, dict) and self.labels and set(self.class_weights) != set(self.labels):
+            raise ValueError("class_weights must name each of the labels once")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels names a class twice")
+        return self
+
+
+class ImageSection(Section):
+    """Of the tasks that read images: size, colour scale and augmentation."""
+
+    size: int | None = Field(default=None, ge=2)
+    """Pixels a side; default: the pretrained model's, or `image_size` of its config, or 224."""
+    mean: tuple[float, ...] | None = None
+    """Subtracted from each channel (of 0 to 1); default: the pretrained model's, or 0.5."""
+    std: tuple[float, ...] | None = None
+    """Then divided by; default: the pretrained model's, or 0.5."""
+    random_resized_crop: tuple[float, float] | None = None
+    """Train on a random part of this share of the area (`[0.08, 1.0]`), scaled to the whole size."""
+    horizontal_flip: float = Field(default=0.0, ge=0, le=1)
+    """Probability of mirroring left to right while training."""
+    color_jitter: float = Field(default=0.0, ge=0, lt=1)
+    """Brightness, contrast and saturation change by up to this share while training."""
+    mixup_alpha: float = Field(default=0.0, ge=0)
+    """Mix pairs of images and their targets (Zhang et al., arXiv 1710.09412), by a share from Beta(alpha, alpha)."""
+    cutmix_alpha: float = Field(default=0.0, ge=0)
+    """Paste a box of another image and mix the targets by its area (Yun et al., arXiv 1905.04899)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ImageSection":
+        if self.mixup_alpha and self.cutmix_alpha:
+            raise ValueError("set mixup_alpha or cutmix_alpha, not both")
+        if self.random_resized_crop is not None:
+            low, high = self.random_resized_crop
+            if not 0 < low <= high <= 1:
+                raise ValueError("random_resized_crop needs 0 < smallest share <= largest share <= 1")
+        return self

@@ -1,0 +1,76 @@
+"""Evaluation with metrics over all predictions: every sample counts once, whatever the number of ranks."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from launcher.data.loader import evaluation_batches
+from launcher.data.sampler import evaluation_rows
+from launcher.planning.plan import Plan
+from launcher.run_directory import RunDirectory, write_atomically
+from launcher.tasks import Metrics, Sample, Task
+from launcher.training.distributed import broadcast, sum_over_ranks
+from launcher.training.evaluation import Evaluation
+from launcher.training.upstream import to_device
+
+
+@torch.no_grad()
+def measure(
+    engine: Any, task: Task, datasets: Sequence[Sequence[Sample]], plan: Plan, rank: int, device: torch.device
+) -> tuple[Evaluation, Metrics]:
+    """Evaluate on all ranks together, and let the task measure all predictions on rank 0.
+
+    Args:
+        engine: of this rank.
+        task: whose `loss` gives predictions.
+        datasets: one a validation source.
+        plan: its batch sizes count.
+        rank: this data-parallel rank.
+        device: of this rank.
+
+    Returns:
+        Loss and metrics; the same on every rank, but for the report and the text, which only rank 0 has.
+    """
+    size, micro = plan.layout.data_parallel_size, plan.batch.micro_batch_size
+    limit = plan.recipe.evaluation.max_eval_samples
+    total = len(evaluation_rows([len(dataset) for dataset in datasets], limit)[0])
+    engine.eval()
+    loss_sum, num_targets = 0.0, 0
+    own: list[tuple[int, dict[str, Any]]] = []
+    for number, batch in enumerate(evaluation_batches(datasets, micro, rank, size, limit, task.collate)):
+        output = task.loss(engine, to_device(batch, device))
+        loss_sum += output.loss_sum.item()
+        num_targets += int(output.num_targets.item())
+        arrays = {name: values.float().cpu().numpy() if values.is_floating_point() else values.cpu().numpy()
+                  for name, values in output.predictions.items()}  # fmt: skip
+        for index in range(micro):
+            position = number * micro * size + index * size + rank
+            if position < total:
+                own.append((position, {name: np.array(values[index]) for name, values in arrays.items()}))
+    engine.train()
+    total_loss, total_targets = sum_over_ranks(loss_sum, float(num_targets), device=device)
+    evaluation = Evaluation(total_loss / max(total_targets, 1.0), int(total_targets))
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(own, gathered)
+    metrics = Metrics()
+    if gathered is not None:
+        by_position = dict(pair for part in gathered for pair in part)
+        metrics = task.metrics([by_position[position] for position in range(total)])
+    values = broadcast(lambda: metrics.values)
+    return evaluation, Metrics(values, metrics.report, metrics.text)
+
+
+def write_evaluation(run_directory: RunDirectory, step: int, evaluation: Evaluation, metrics: Metrics) -> None:
+    """Write `evaluation.json`: the newest evaluation with its report."""
+    content = {
+        "step": step,
+        "loss": evaluation.loss,
+        "targets": evaluation.num_targets,
+        "metrics": metrics.values,
+        "report": metrics.report,
+    }
+    write_atomically(run_directory.path / "evaluation.json", json.dumps(content, indent=1) + "\n")
