@@ -41,8 +41,12 @@ def _print_text(plan: "Plan") -> None:
     typer.secho(plan.recipe.name, bold=True)
     for label, text in _facts(plan):
         print(f"  {label:<14}{text}")
+    if plan.ranks is not None:
+        typer.secho("Memory of each rank: states + activations + buffers in the backward pass", bold=True)
+        for row, fullest in _rank_rows(plan):
+            typer.secho(row, bold=fullest)
     if plan.memory_by_stage is not None:
-        typer.secho("Model states on each rank, without activations", bold=True)
+        typer.secho("Model states on each rank under each ZeRO stage, without activations", bold=True)
         for row, chosen in _memory_rows(plan):
             typer.secho(row, bold=chosen)
     typer.secho("DeepSpeed config", bold=True)
@@ -93,6 +97,24 @@ def _facts(plan: "Plan") -> Iterator[tuple[str, str]]:
             "parameters",
             f"{model.num_parameters:,}, of them {model.num_parameters_non_embedding:,} without embeddings",
         )
+
+
+def _rank_rows(plan: "Plan") -> Iterator[tuple[str, bool]]:
+    """A table of the pipeline's stages, the fullest marked where there are several, in lines that fit 80 columns."""
+    columns = {"states": 11, "activations": 13, "buffers": 11, "backward": 11, "step": 11, "host": 11}
+    yield " " * 11 + "".join(f"{column:>{width}}" for column, width in columns.items()), False
+    ranks = plan.ranks or ()
+    most = max(rank.device_bytes for rank in ranks)
+    for rank in ranks:
+        fullest = rank.device_bytes == most and len(ranks) > 1
+        states = rank.states.device_bytes
+        buffers = rank.buffers + rank.overhead
+        activations = rank.backward_bytes - states - buffers
+        sizes = (states, activations, buffers, rank.backward_bytes, rank.step_bytes, rank.host_bytes)
+        cells = zip(sizes, columns.values(), strict=True)
+        row = "".join(f"{readable_bytes(size) if size else '-':>{width}}" for size, width in cells)
+        name = f"stage {rank.stage}" if len(ranks) > 1 else ""
+        yield f"{'>' if fullest else ' '} {name:<9}{row}", fullest
 
 
 def _memory_rows(plan: "Plan") -> Iterator[tuple[str, bool]]:

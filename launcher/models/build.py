@@ -55,7 +55,8 @@ def build_model(plan: Plan, auto_class: Any, config: Any = None) -> PreTrainedMo
         config: the transformers config; default: `build_config(plan)`.
 
     Returns:
-        The model: fp32 weights from a config (DeepSpeed casts them), on the host; partitioned already under ZeRO 3.
+        The model: fp32 weights from a config (DeepSpeed casts them), on the host; partitioned already under ZeRO 3
+        without tensor parallelism.
 
     Raises:
         ModelError: transformers refuses the model.
@@ -78,7 +79,7 @@ def build_model(plan: Plan, auto_class: Any, config: Any = None) -> PreTrainedMo
 def _from_scratch(plan: Plan, auto_class: Any, config: Any, attention: str) -> PreTrainedModel:
     with ExitStack() as stack:
         stack.enter_context(no_init_weights())
-        if plan.zero_stage == 3:
+        if partitioned_while_built(plan):
             import deepspeed
             from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
@@ -86,13 +87,23 @@ def _from_scratch(plan: Plan, auto_class: Any, config: Any, attention: str) -> P
             stack.enter_context(prevent_arange_dtype_change())
             stack.enter_context(deepspeed.zero.Init(config_dict_or_path=plan.deepspeed_config))
         model: PreTrainedModel = auto_class.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    initialize_weights(model, plan.recipe.seed, partitioned=plan.zero_stage == 3)
+    initialize_weights(model, plan.recipe.seed, partitioned=partitioned_while_built(plan))
     model.tie_weights()
     return model
 
 
+def partitioned_while_built(plan: Plan) -> bool:
+    """Whether ZeRO 3 takes a model apart while it is built, so that no rank ever holds it whole.
+
+    Not with tensor parallelism: `zero.Init` would spread what tensor-parallel ranks all hold (embeddings, norms) over
+    the ranks of all of them, and such checkpoints cannot be put together. There each rank holds the whole model on the
+    host until `deepspeed.initialize`; pretrained weights are only mapped from their files.
+    """
+    return plan.zero_stage == 3 and plan.layout.tensor_parallel_size == 1
+
+
 def _pretrained(plan: Plan, auto_class: Any, config: Any, attention: str) -> PreTrainedModel:
-    if plan.zero_stage == 3:
+    if partitioned_while_built(plan):
         from transformers.integrations import HfDeepSpeedConfig
 
         # transformers looks at a module-level weak reference to this object; it partitions while loading as long as

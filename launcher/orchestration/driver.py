@@ -21,8 +21,9 @@ from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import faults_of, read_manifest
 from launcher.checkpoints.resumable import check_resumable, recipe_changes
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
-from launcher.orchestration.failure import FailureKind, FailurePolicy
+from launcher.orchestration.failure import FailureKind
 from launcher.orchestration.observers import JobObserver, Notices, Observer
+from launcher.orchestration.policy import FailurePolicy
 from launcher.orchestration.run_lock import holding
 from launcher.orchestration.supervisor import RunState, Supervisor
 from launcher.planning.plan import Plan
@@ -213,7 +214,7 @@ def _supervise(
         environment={name: os.environ[name] for name in plan.resources.environment_names if name in os.environ},
     )
     group = WorkerGroup(run_directory, shape)
-    policy = FailurePolicy(plan.recipe.fault_tolerance.max_restarts)
+    policy = FailurePolicy(plan.recipe.fault_tolerance)
     attempt: dict[str, Any] = {}
 
     def record_attempt(state: RunState, facts: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
-"""What went wrong in a worker group, and what to do about it. Pure: no ray, no torch."""
+"""What went wrong in a worker group: facts, what they mean, and how they are told. Pure: no ray, no torch."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -20,6 +21,23 @@ class FailureKind(StrEnum):
     """Any other exception in training."""
     DIED = "died"
     """The worker's process is gone (killed, out of memory, node lost)."""
+    HUNG = "hung"
+    """The worker made no progress and was ended by the supervisor."""
+    PREEMPTED = "preempted"
+    """Its node was taken away, and that was announced."""
+
+
+class Category(StrEnum):
+    """What a failure means; each has its own treatment in `FailurePolicy`."""
+
+    USER = "user error"
+    ERROR = "error"
+    """An exception that says nothing about machines: tried again once, a user error when it repeats."""
+    INFRASTRUCTURE = "infrastructure"
+    HANG = "hang"
+    NUMERIC = "numeric"
+    PREEMPTION = "preemption"
+    STORAGE = "storage"
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,8 @@ class Failure:
         step: optimizer steps it had completed.
         phase: what it was doing.
         time: Unix time.
+        node: host name of its node, empty when unknown.
+        exception: class name of the exception, empty when its process died.
     """
 
     rank: int
@@ -43,22 +63,75 @@ class Failure:
     step: int
     phase: str
     time: float
+    node: str = ""
+    exception: str = ""
 
     @property
     def is_echo(self) -> bool:
         """Whether this only says that another rank is gone."""
         return self.kind is FailureKind.EXCEPTION and ECHO.search(self.message) is not None
 
+    @property
+    def signature(self) -> str:
+        """The same for two failures that only differ in addresses, counts and times."""
+        return f"{self.exception}: {re.sub(r'(0x[0-9a-f]+|[0-9]+)', '#', self.message)}"
 
-def first_cause(failures: list[Failure]) -> Failure:
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a failure means, and what in it says so."""
+
+    category: Category
+    evidence: str
+
+
+PATTERNS: Sequence[tuple[Category, str, str]] = (
+    (Category.PREEMPTION, r"preempt|node .*drain", "its node was taken away"),
+    (Category.INFRASTRUCTURE, r"out of memory \(OOM\)|OutOfMemoryError: (Task|Worker)|oom.?kill", "out of host memory"),
+    (Category.INFRASTRUCTURE, r"MemoryError|[Cc]an(no|')t allocate memory", "out of host memory"),
+    (Category.INFRASTRUCTURE, r"ECC|Xid|CUDA error: (unspecified launch|device.*lost|uncorrect)", "a GPU is broken"),
+    (Category.INFRASTRUCTURE, r"NCCL error|ncclSystemError|ncclUnhandledCudaError", "NCCL failed"),
+    (Category.HANG, r"Timed out waiting \d+ms for|collective operation timeout|Watchdog caught", "a collective hung"),
+    (Category.STORAGE, r"\[Errno (5|28|30|116|122)\]|Stale file handle", "the file system failed"),
+    (Category.INFRASTRUCTURE, r"ConnectionError|Connection refused|No route to host|Name or service", "no connection"),
+)
+"""Category, what its message looks like, what that means; the first that fits decides."""
+
+
+def classify(failure: Failure) -> Verdict:
+    """Say what a failure means; the evidence quotes what it rests on."""
+    if failure.kind is FailureKind.HUNG:
+        return Verdict(Category.HANG, failure.message)
+    if failure.kind is FailureKind.PREEMPTED:
+        return Verdict(Category.PREEMPTION, f"its node was taken away: {failure.message}")
+    if failure.exception == "NumericError":
+        return Verdict(Category.NUMERIC, failure.message)
+    if failure.kind is FailureKind.EXPECTED:
+        storage = failure.exception in ("StorageError", "OSError")
+        return Verdict(Category.STORAGE if storage else Category.USER, failure.message)
+    if failure.is_echo:
+        return Verdict(Category.INFRASTRUCTURE, f"another rank's connection ended: {failure.message}")
+    for category, pattern, meaning in PATTERNS:
+        found = re.search(pattern, failure.message)
+        if found is not None:
+            return Verdict(category, f"{meaning}: “{found.group()}” in “{failure.message}”")
+    if failure.kind is FailureKind.DIED:
+        return Verdict(Category.INFRASTRUCTURE, failure.message)
+    return Verdict(Category.ERROR, failure.message)
+
+
+def first_cause(failures: Sequence[Failure]) -> Failure:
     """The failure that the others follow from: a real one before echoes, then the earliest."""
     return min(failures, key=lambda failure: (failure.is_echo, failure.time))
 
 
-def describe(failures: list[Failure]) -> str:
+def describe(failures: Sequence[Failure]) -> str:
     """Text for people: the first cause in full, then the echoes, a line each."""
     cause = first_cause(failures)
-    lines = [f"rank {cause.rank} failed at step {cause.step} in phase {cause.phase}: {cause.message}"]
+    where = f" on {cause.node}" if cause.node else ""
+    lines = [f"rank {cause.rank}{where} failed at step {cause.step} in phase {cause.phase}: {cause.message}"]
+    if cause.kind is FailureKind.HUNG:
+        lines = [cause.message]
     if cause.traceback:
         lines.append(cause.traceback.rstrip())
     for other in sorted(failures, key=lambda failure: failure.rank):
@@ -68,40 +141,3 @@ def describe(failures: list[Failure]) -> str:
                 f"rank {other.rank} then: {other.message.splitlines()[0] if other.message else other.kind}{note}"
             )
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Retry:
-    """Start the worker group again from the newest checkpoint."""
-
-    number: int
-    delay_seconds: float
-
-
-@dataclass(frozen=True)
-class GiveUp:
-    """End the run as failed."""
-
-    reason: str
-
-
-@dataclass
-class FailurePolicy:
-    """Decides between another attempt and giving up.
-
-    Attributes:
-        max_restarts: of the recipe.
-        restarts: made so far.
-    """
-
-    max_restarts: int
-    restarts: int = 0
-
-    def decide(self, failure: Failure) -> Retry | GiveUp:
-        """Decide on the first cause of an attempt's end."""
-        if failure.kind is FailureKind.EXPECTED:
-            return GiveUp("restarting would meet the same error")
-        if self.restarts >= self.max_restarts:
-            return GiveUp(f"{self.restarts} of fault_tolerance.max_restarts {self.max_restarts} restarts are used up")
-        self.restarts += 1
-        return Retry(self.restarts, delay_seconds=min(0.5 * 2 ** (self.restarts - 1), 30.0))

@@ -1,15 +1,28 @@
 """The state machine over a run's attempts. Pure: the worker group and the clock are passed in, so tests can step it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from launcher.orchestration.failure import Failure, FailureKind, FailurePolicy, Retry, describe, first_cause
-from launcher.training.context import Beat
+from launcher.errors import ResourceError
+from launcher.orchestration.failure import (
+    Failure,
+    FailureKind,
+    Verdict,
+    classify,
+    describe,
+    first_cause,
+)
+from launcher.orchestration.policy import FailurePolicy, Incident, Retry
+from launcher.training.context import Beat, Phase
 
 ECHO_GRACE_S = 2.0
 """How long to wait for the cause when only echoes were heard; Ray reports a killed process within about a second."""
+WAIT_INTERVAL_S = 0.5
+"""Between two looks while a delay passes: a request to stop must not wait for it."""
+NODES_INTERVAL_S = 5.0
+"""Between two looks for nodes while some are missing."""
 
 
 class RunState(StrEnum):
@@ -17,8 +30,15 @@ class RunState(StrEnum):
 
     STARTING = "starting"
     RUNNING = "running"
-    STOPPING = "stopping"
+    DRAINING = "draining"
+    """Asked to stop: the workers go on to a step boundary that all of them agree on."""
+    SAVING = "saving"
+    """Asked to stop: the workers save."""
     RECOVERING = "recovering"
+    """An attempt failed; the next one is about to start."""
+    RESIZING = "resizing"
+    """The next attempt will have another size."""
+    WAITING = "waiting for nodes"
     COMPLETE = "complete"
     STOPPED = "stopped"
     FAILED = "failed"
@@ -27,6 +47,11 @@ class RunState(StrEnum):
     def is_final(self) -> bool:
         """Whether the run has ended."""
         return self in (RunState.COMPLETE, RunState.STOPPED, RunState.FAILED)
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether workers run."""
+        return self in (RunState.RUNNING, RunState.DRAINING, RunState.SAVING)
 
 
 @dataclass(frozen=True)
@@ -52,8 +77,12 @@ class Group(Protocol):
         """Number of ranks."""
         ...
 
-    def start(self, attempt: int) -> None:
-        """Start every rank; returns when their training threads run."""
+    def missing_nodes(self) -> int:
+        """How many nodes fewer there are than the group needs."""
+        ...
+
+    def start(self, attempt: int, avoid: Sequence[str]) -> None:
+        """Start every rank, on none of the nodes to avoid if that can be; returns when their training threads run."""
         ...
 
     def poll(self) -> GroupStatus:
@@ -78,6 +107,7 @@ class Supervisor:
         clock: seconds, monotonic.
         sleep: waits that many seconds.
         on_event: told every change: (state, facts).
+        saved_step: of the newest checkpoint when the run begins.
     """
 
     def __init__(
@@ -87,30 +117,50 @@ class Supervisor:
         clock: Callable[[], float],
         sleep: Callable[[float], None],
         on_event: Callable[[RunState, dict[str, Any]], None],
+        saved_step: int = 0,
     ) -> None:
         self.group = group
         self.policy = policy
         self.clock = clock
         self.sleep = sleep
         self.on_event = on_event
+        self.saved_step = saved_step
         self.state = RunState.STARTING
         self.attempt = 0
         self.status = GroupStatus()
         self.failure_text = ""
         self.cause: Failure | None = None
-        self._stop_requested = False
-        self._retry_delay = 0.0
+        self.verdict: Verdict | None = None
+        self._stop_reason: str | None = None
+        self._stop_by: float | None = None
+        self._not_before = 0.0
+        self._waiting_since: float | None = None
 
-    def request_stop(self) -> None:
-        """Save and end at the next step boundary; safe to call from a signal handler."""
-        self._stop_requested = True
+    def request_stop(self, reason: str = "asked to stop", grace_seconds: float | None = None) -> None:
+        """Save and end at the next step boundary; safe to call from a signal handler.
+
+        Args:
+            reason: for people.
+            grace_seconds: when the workers have not saved and ended by then, they are ended; what they had committed
+                before stays.
+        """
+        if self._stop_reason is None:
+            self._stop_reason = reason
+        if grace_seconds is not None:
+            deadline = self.clock() + grace_seconds
+            self._stop_by = deadline if self._stop_by is None else min(self._stop_by, deadline)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody asked to stop."""
+        return self._stop_reason is not None
 
     def step(self) -> RunState:
         """Advance by one look at the group (or one start); returns the state afterwards."""
-        if self.state in (RunState.STARTING, RunState.RECOVERING):
-            self._start()
-        elif self.state in (RunState.RUNNING, RunState.STOPPING):
+        if self.state.has_workers:
             self._watch()
+        elif not self.state.is_final:
+            self._start()
         return self.state
 
     def _enter(self, state: RunState, **facts: Any) -> None:
@@ -118,27 +168,74 @@ class Supervisor:
         self.on_event(state, {"attempt": self.attempt, **facts})
 
     def _start(self) -> None:
-        if self._stop_requested:
-            self._enter(RunState.STOPPED, reason="asked to stop before the workers ran")
+        if self._stop_reason is not None:
+            self._enter(RunState.STOPPED, reason=f"{self._stop_reason}, before the workers ran")
             return
-        self.sleep(self._retry_delay)
+        remaining = self._not_before - self.clock()
+        if remaining > 0:
+            self.sleep(min(WAIT_INTERVAL_S, remaining))
+            return
+        if self.attempt and self._lacks_nodes():
+            return
         self.attempt += 1
         self.status = GroupStatus()
-        self.group.start(self.attempt)
+        try:
+            self.group.start(self.attempt, self.policy.excluded)
+        except ResourceError as error:
+            # A first attempt that lacks something is the profile's mistake. A later one may have asked for a node that
+            # is gone already, and is not known to be.
+            if self.attempt == 1:
+                raise
+            self.attempt -= 1
+            self._wait(1, str(error))
+            return
+        self._waiting_since = None
         self._enter(RunState.RUNNING)
 
+    def _lacks_nodes(self) -> bool:
+        missing = self.group.missing_nodes()
+        if missing > 0:
+            self._wait(missing, f"{missing} node(s) are missing")
+        return missing > 0
+
+    def _wait(self, missing: int, why: str) -> None:
+        """Wait a moment for nodes, or give up waiting."""
+        if self._waiting_since is None:
+            self._waiting_since = self.clock()
+            self._enter(RunState.WAITING, missing_nodes=missing, reason=why)
+        limit = self.policy.settings.wait_for_nodes_seconds
+        if self.clock() - self._waiting_since >= limit:
+            reason = f"{why}; waited fault_tolerance.wait_for_nodes_seconds {limit:g} for others"
+            self._enter(RunState.FAILED, reason=reason)
+        else:
+            self.sleep(NODES_INTERVAL_S)
+
     def _watch(self) -> None:
-        if self._stop_requested and self.state is RunState.RUNNING:
+        if self._stop_reason is not None and self.state is RunState.RUNNING:
             self.group.request_stop()
-            self._enter(RunState.STOPPING)
+            self._enter(RunState.DRAINING, reason=self._stop_reason)
         self.status = self.group.poll()
+        self.saved_step = max([self.saved_step, *(beat.saved_step for beat in self.status.beats.values())])
         if self.status.failures:
             self._recover(self._await_cause())
         elif len(self.status.results) == self.group.world_size:
             result = self.status.results[0]
             self.group.stop()
             final = RunState.COMPLETE if result["status"] == "complete" else RunState.STOPPED
-            self._enter(final, step=result["step"])
+            self._enter(final, step=result["step"], **({"reason": self._stop_reason} if self._stop_reason else {}))
+        elif self._stop_reason is not None:
+            self._drain(self._stop_reason)
+
+    def _drain(self, reason: str) -> None:
+        """See how far the workers are with saving, and end them when their time is over."""
+        if self._stop_by is not None and self.clock() >= self._stop_by:
+            self.group.stop()
+            text = (
+                f"{reason}; the workers did not save in time, the newest checkpoint is that of step {self.saved_step}"
+            )
+            self._enter(RunState.STOPPED, step=self.saved_step, reason=text)
+        elif self.state is RunState.DRAINING and any(beat.phase is Phase.SAVE for beat in self.status.beats.values()):
+            self._enter(RunState.SAVING)
 
     def _await_cause(self) -> list[Failure]:
         """Give the true cause a moment to arrive after its echoes."""
@@ -149,15 +246,37 @@ class Supervisor:
 
     def _recover(self, failures: list[Failure]) -> None:
         cause = first_cause(failures)
-        self.cause, self.failure_text = cause, describe(failures)
+        verdict = classify(cause)
+        self.cause, self.verdict, self.failure_text = cause, verdict, describe(failures)
         self.group.stop()
-        facts = {"rank": cause.rank, "kind": cause.kind.value, "step": cause.step, "message": cause.message}
-        if self._stop_requested and cause.kind is not FailureKind.EXPECTED:
-            self._enter(RunState.FAILED, **facts, reason="a worker failed while the run was being stopped")
+        facts: dict[str, Any] = {
+            "rank": cause.rank,
+            "node": cause.node,
+            "kind": cause.kind.value,
+            "category": verdict.category.value,
+            "evidence": verdict.evidence,
+            "phase": cause.phase,
+            "step": cause.step,
+            "message": cause.message,
+            "failed_at": cause.time,
+            "saved_step": self.saved_step,
+        }
+        if self._stop_reason is not None and cause.kind is not FailureKind.EXPECTED:
+            text = f"a worker failed while the run was being stopped ({self._stop_reason})"
+            # With a time to keep (a preemption), what is committed is what counts: the run can go on from there.
+            self._enter(RunState.FAILED if self._stop_by is None else RunState.STOPPED, **facts, reason=text)
             return
-        decision = self.policy.decide(cause)
+        started = any("first_step" in beat.timeline for beat in self.status.beats.values())
+        decision = self.policy.decide(Incident(cause, verdict, started, self.saved_step))
         if isinstance(decision, Retry):
-            self._retry_delay = decision.delay_seconds
-            self._enter(RunState.RECOVERING, **facts, restart=decision.number, delay=decision.delay_seconds)
+            self._not_before = self.clock() + decision.delay_seconds
+            self._enter(
+                RunState.RECOVERING,
+                **facts,
+                restart=decision.number,
+                budget=decision.budget,
+                delay=decision.delay_seconds,
+                **({"excluded": list(decision.exclude)} if decision.exclude else {}),
+            )
         else:
             self._enter(RunState.FAILED, **facts, reason=decision.reason)

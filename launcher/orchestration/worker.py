@@ -158,6 +158,7 @@ class Worker:
             "step": self.heartbeat.step,
             "phase": self.heartbeat.read().phase.value,
             "time": time.time(),
+            "exception": type(error).__name__,
         }
 
 

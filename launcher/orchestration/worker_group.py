@@ -1,6 +1,7 @@
 """The workers of one attempt: one actor a rank, in one placement group, laid out node by node."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,15 +69,19 @@ class WorkerGroup:
         """Number of ranks."""
         return self.shape.nodes * self.shape.workers_per_node
 
-    def start(self, attempt: int) -> None:
-        """Place and start every rank.
+    def missing_nodes(self) -> int:
+        """How many nodes fewer the cluster has than the group needs."""
+        return max(0, self.shape.nodes - len(fitting_nodes(self.shape)))
+
+    def start(self, attempt: int, avoid: Sequence[str] = ()) -> None:
+        """Place and start every rank, on none of the nodes to avoid if there are enough others.
 
         Raises:
             ResourceError: the cluster does not have what the profile asks for.
         """
-        self._beats, self._failures, self._results = {}, [], {}
+        self._beats, self._failures, self._results, self.placements = {}, [], {}, []
         check_cluster(self.shape)
-        self._group = self._reserve()
+        self._group = self._reserve(avoid)
         actor_class = ray.remote(Worker)
         for rank in range(self.world_size):
             strategy = PlacementGroupSchedulingStrategy(
@@ -102,9 +107,16 @@ class WorkerGroup:
         self._waits = {actor.wait.remote(): rank for rank, actor in enumerate(self._actors)}
         del starts  # a failing start ends the actor or leaves its thread unstarted; wait() and poll() show it
 
-    def _reserve(self) -> PlacementGroup:
+    def _reserve(self, avoid: Sequence[str]) -> PlacementGroup:
+        fitting = fitting_nodes(self.shape)
+        good = [node for node in fitting if node["NodeManagerHostname"] not in avoid]
+        selector = None
+        if self.shape.nodes <= len(good) < len(fitting):
+            selector = [{"ray.io/node-id": f"in({','.join(node['NodeID'] for node in good)})"}] * self.shape.nodes
         group = placement_group(
-            [self.shape.bundle] * self.shape.nodes, strategy="STRICT_SPREAD" if self.shape.nodes > 1 else "STRICT_PACK"
+            [self.shape.bundle] * self.shape.nodes,
+            strategy="STRICT_SPREAD" if self.shape.nodes > 1 else "STRICT_PACK",
+            bundle_label_selector=selector,
         )
         if not group.wait(PLACEMENT_TIMEOUT_S):
             remove_placement_group(group)
@@ -151,14 +163,16 @@ class WorkerGroup:
         try:
             outcome = ray.get(reference)
         except RayError as error:
-            self._failures.append(self._died(rank, _why_dead(error)))
+            self._failures.append(self._died(rank, _why_dead(error), preempted=getattr(error, "preempted", False)))
             return
         self._beats[rank] = outcome["beat"]
         if "result" in outcome:
             self._results[rank] = outcome["result"]
         else:
             facts = outcome["error"]
-            self._failures.append(Failure(**{**facts, "kind": FailureKind(facts["kind"])}))
+            self._failures.append(
+                Failure(**{**facts, "kind": FailureKind(facts["kind"]), "node": self.placements[rank]["hostname"]})
+            )
 
     def _collect_beats(self) -> None:
         asked = {self._actors[rank].poll.remote(): rank for rank in self._waits.values()}
@@ -171,16 +185,17 @@ class WorkerGroup:
             except RayError:
                 continue  # its wait() tells
 
-    def _died(self, rank: int, why: str) -> Failure:
+    def _died(self, rank: int, why: str, *, preempted: bool = False) -> Failure:
         beat = self._beats.get(rank)
         return Failure(
             rank=rank,
-            kind=FailureKind.DIED,
+            kind=FailureKind.PREEMPTED if preempted else FailureKind.DIED,
             message=f"the worker's process is gone: {why}",
             traceback="",
             step=beat.step if beat else 0,
             phase=beat.phase.value if beat else "starting",
             time=time.time(),
+            node=self.placements[rank]["hostname"] if rank < len(self.placements) else "",
         )
 
     def request_stop(self) -> None:
@@ -198,17 +213,25 @@ class WorkerGroup:
             self._group = None
 
 
+def fitting_nodes(shape: GroupShape) -> list[dict[str, Any]]:
+    """The living nodes of the cluster that can hold their share of the group when nothing else runs on them."""
+    return [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Resources"].get(key, 0) >= need for key, need in shape.bundle.items())
+    ]
+
+
 def check_cluster(shape: GroupShape) -> None:
     """Refuse at once what the cluster can never give.
 
     Raises:
         ResourceError: says what the cluster has, node by node, and what is asked.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    bundle = shape.bundle
-    fitting = [node for node in nodes if all(node["Resources"].get(key, 0) >= need for key, need in bundle.items())]
+    fitting, bundle = fitting_nodes(shape), shape.bundle
     if len(fitting) >= shape.nodes:
         return
+    nodes = [node for node in ray.nodes() if node["Alive"]]
     has = "; ".join(f"{node['NodeManagerHostname']} has {_readable(node['Resources'])}" for node in nodes) or "no node"
     raise ResourceError(
         f"the profile asks for {shape.nodes} node(s) with {_readable(bundle)} each "

@@ -14,9 +14,11 @@ from typing import Any
 from cluster.strict_yaml import Document
 from cluster.validation import near_match
 from launcher.errors import PlanError, Problem
+from launcher.planning.combinations import WHOLE_VOCABULARY
 from launcher.planning.deepspeed_keys import AUTO, key_problems
 from launcher.planning.json_document import read_json
 from launcher.planning.layout import BatchPlan, Layout
+from launcher.planning.optimizers import OPTIMIZERS
 from launcher.recipe.catalogue import deepspeed_configs_root
 from launcher.recipe.schema import Recipe
 
@@ -65,7 +67,9 @@ class _Owned:
     field: str
 
 
-def make_deepspeed_config(recipe: Recipe, layout: Layout, batch: BatchPlan) -> DeepSpeedPlan:
+def make_deepspeed_config(
+    recipe: Recipe, layout: Layout, batch: BatchPlan, model_type: str | None = None
+) -> DeepSpeedPlan:
     """Resolve the DeepSpeed config of a recipe.
 
     The micro batch and the accumulation are given and never `train_batch_size`, which DeepSpeed would divide by all
@@ -90,7 +94,7 @@ def make_deepspeed_config(recipe: Recipe, layout: Layout, batch: BatchPlan) -> D
         wrong[path] = message
 
     config = _laid_over(deepcopy(document.data), overrides)
-    for owned in _owned_values(recipe, batch):
+    for owned in _owned_values(recipe, layout, batch, model_type):
         if owned.path not in wrong:
             problems += _fill(config, owned, recipe, document)
     problems += _present_only_problems(config, recipe, layout, batch, document)
@@ -105,7 +109,8 @@ def make_deepspeed_config(recipe: Recipe, layout: Layout, batch: BatchPlan) -> D
 
 def _finish(config: dict[str, Any], source: str) -> DeepSpeedPlan:
     """Settle what is left open: the kind of AdamW, the stage, and every "auto"."""
-    _set_optimizer_kind(config["optimizer"]["params"])
+    if config["optimizer"]["type"].lower() == "adamw":
+        _set_optimizer_kind(config["optimizer"]["params"])
     config = _without_auto(config)
     config.pop("train_batch_size", None)
     zero = config.setdefault("zero_optimization", {})
@@ -155,9 +160,10 @@ def _read_base(recipe: Recipe) -> Document:
         raise PlanError(recipe.name, problems) from error
 
 
-def _owned_values(recipe: Recipe, batch: BatchPlan) -> list[_Owned]:
+def _owned_values(recipe: Recipe, layout: Layout, batch: BatchPlan, model_type: str | None) -> list[_Owned]:
     """What the recipe decides, whatever the file says."""
     training, optimizer, zero = recipe.training, recipe.optimizer, recipe.zero
+    kind = OPTIMIZERS[optimizer.type]
     owned = [
         _Owned("train_micro_batch_size_per_gpu", batch.micro_batch_size, "training.micro_batch_size"),
         _Owned(
@@ -166,14 +172,25 @@ def _owned_values(recipe: Recipe, batch: BatchPlan) -> list[_Owned]:
         _Owned("gradient_clipping", training.max_grad_norm, "training.max_grad_norm"),
         _Owned("bf16.enabled", training.precision == "bf16", "training.precision"),
         _Owned("fp16.enabled", training.precision == "fp16", "training.precision"),
-        _Owned("optimizer.type", "AdamW", "optimizer.type"),
+        _Owned("optimizer.type", kind.deepspeed_type, "optimizer.type"),
         _Owned("optimizer.params.lr", training.learning_rate, "training.learning_rate"),
-        _Owned("optimizer.params.betas", [optimizer.adam_beta1, optimizer.adam_beta2], "optimizer.adam_beta1"),
-        _Owned("optimizer.params.eps", optimizer.adam_epsilon, "optimizer.adam_epsilon"),
         _Owned("optimizer.params.weight_decay", optimizer.weight_decay, "optimizer.weight_decay"),
     ]
+    for name, (value, field) in kind.params(optimizer).items():
+        owned.append(_Owned(f"optimizer.params.{name}", value, field))
+    if optimizer.type != "adamw":
+        # DeepSpeed's ZeRO otherwise accepts Adam and a few others only; our tests are what says that this one is right.
+        owned.append(_Owned("zero_allow_untested_optimizer", True, "optimizer.type"))
     if zero.stage is not None:
         owned.append(_Owned("zero_optimization.stage", zero.stage, "zero.stage"))
+    if layout.tensor_parallel_size > 1 and layout.pipeline_parallel_size == 1:
+        # A pipeline's stages are spread by launcher/models/pipeline.py: AutoTP does not know their modules.
+        field, sharded = "parallel.tensor_parallel_size", model_type not in WHOLE_VOCABULARY
+        owned.append(_Owned("tensor_parallel.autotp_size", layout.tensor_parallel_size, field))
+        owned.append(_Owned("tensor_parallel.vocab_parallel_lm_head", sharded, field))
+    if layout.sequence_parallel_size > 1:
+        field = "parallel.sequence_parallel_size"
+        owned.append(_Owned("sequence_parallel_size", layout.sequence_parallel_size, field))
     for name in ("offload_optimizer", "offload_param"):
         device = getattr(zero, name)
         if device is not None:

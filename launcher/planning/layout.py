@@ -1,19 +1,28 @@
 """Sizes of the parallel groups and the batch arithmetic that follows from them."""
 
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from launcher.errors import PlanError, Problem
 from launcher.recipe.schema import Recipe
 
-SUPPORTED: dict[str, frozenset[int]] = {
-    "tensor_parallel_size": frozenset({1}),
-    "pipeline_parallel_size": frozenset({1}),
-    "sequence_parallel_size": frozenset({1}),
-    "expert_parallel_size": frozenset({1}),
-}
-"""Sizes that a test of ours has trained with; any other is refused."""
+Axis = Literal["pipeline", "data", "sequence", "tensor"]
+AXES: tuple[Axis, ...] = ("pipeline", "data", "sequence", "tensor")
+"""From the slowest to the fastest in the order of ranks, as DeepSpeed numbers them: `PipeModelDataParallelTopology`
+(`runtime/pipe/topology.py`) for pipeline, data and model (tensor), `_init_tp_mesh_device` (`utils/groups.py`) for data
+and tensor, `initialize_sequence_parallel` (`runtime/sequence_parallel/parallel_state_sp.py`) for data and sequence.
+Ranks go node by node, so the groups that talk most, tensor and then sequence, lie inside a node whenever their size
+divides the workers of a node."""
+
+
+class Coordinates(NamedTuple):
+    """Where a rank stands in each of its groups."""
+
+    pipeline: int
+    data: int
+    sequence: int
+    tensor: int
 
 
 class Resources(BaseModel):
@@ -63,6 +72,33 @@ class Layout(BaseModel):
         """Workers that hold one copy of the model between them."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.sequence_parallel_size
 
+    def size(self, axis: Axis) -> int:
+        """Ranks in each group along an axis."""
+        size: int = getattr(self, f"{axis}_parallel_size")
+        return size
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Find a rank's place in each of its groups."""
+        places = []
+        for axis in reversed(AXES):
+            rank, place = divmod(rank, self.size(axis))
+            places.append(place)
+        return Coordinates(*reversed(places))
+
+    def rank(self, coordinates: Coordinates) -> int:
+        """The rank at a place: the inverse of `coordinates`."""
+        rank = 0
+        for axis, place in zip(AXES, coordinates, strict=True):
+            rank = rank * self.size(axis) + place
+        return rank
+
+    def groups(self, axis: Axis) -> list[list[int]]:
+        """Every group along an axis, as ascending ranks."""
+        groups: dict[Coordinates, list[int]] = {}
+        for rank in range(self.world_size):
+            groups.setdefault(self.coordinates(rank)._replace(**{axis: 0}), []).append(rank)
+        return list(groups.values())
+
     @model_validator(mode="after")
     def _sizes_multiply(self) -> Self:
         if self.model_parallel_size * self.data_parallel_size != self.world_size:
@@ -84,25 +120,32 @@ def make_layout(recipe: Recipe, resources: Resources) -> Layout:
     """Divide the workers among the recipe's parallel groups; what is left of the world size is data parallel.
 
     Raises:
-        PlanError: a size that no test of ours has run yet; lists all of them.
+        PlanError: the sizes do not multiply to the world size; lists those that do.
     """
     sizes = recipe.parallel.model_dump()
-    problems = [
-        Problem(
-            f"{size} is not yet run by a test of ours; set it to {_either(SUPPORTED[name])}",
-            where=f"parallel.{name}",
+    world_size = resources.world_size
+    per_model = sizes["tensor_parallel_size"] * sizes["pipeline_parallel_size"] * sizes["sequence_parallel_size"]
+    if world_size % per_model:
+        factors = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 and "expert" not in name)
+        raise PlanError(
+            recipe.name,
+            [
+                Problem(
+                    f"{factors} = {per_model} does not divide the world size {world_size}; "
+                    f"make the product one of {_listed(divisors(world_size))}",
+                    where="parallel",
+                )
+            ],
         )
-        for name, size in sizes.items()
-        if size not in SUPPORTED[name]
-    ]
-    if problems:
-        raise PlanError(recipe.name, problems)
-    model_parallel_size = (
-        sizes["tensor_parallel_size"] * sizes["pipeline_parallel_size"] * sizes["sequence_parallel_size"]
-    )
-    return Layout(
-        world_size=resources.world_size, data_parallel_size=resources.world_size // model_parallel_size, **sizes
-    )
+    layout = Layout(world_size=world_size, data_parallel_size=world_size // per_model, **sizes)
+    if layout.data_parallel_size % layout.expert_parallel_size:
+        fits = _listed(divisors(layout.data_parallel_size))
+        message = (
+            f"{layout.expert_parallel_size} does not divide the data-parallel size {layout.data_parallel_size}, inside "
+            f"which expert groups lie; set it to one of {fits}"
+        )
+        raise PlanError(recipe.name, [Problem(message, where="parallel.expert_parallel_size")])
+    return layout
 
 
 def make_batch(recipe: Recipe, layout: Layout) -> BatchPlan:
@@ -190,10 +233,6 @@ def _contradiction(micro: int, accumulation: int, replicas: int, total: int) -> 
 
 def _batch_error(recipe: Recipe, message: str) -> PlanError:
     return PlanError(recipe.name, [Problem(message, where="training.global_batch_size")])
-
-
-def _either(sizes: frozenset[int]) -> str:
-    return " or ".join(str(size) for size in sorted(sizes))
 
 
 def _listed(sizes: list[int]) -> str:

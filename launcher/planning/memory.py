@@ -74,6 +74,15 @@ class StateSettings:
     persistence_threshold: int = 100_000
     model_persistence_threshold: int = sys.maxsize
 
+    def with_stage(self, zero_stage: int) -> "StateSettings":
+        """The same under another stage, with offload where that stage has something to offload."""
+        return replace(
+            self,
+            zero_stage=zero_stage,
+            offload_optimizer=self.offload_optimizer and zero_stage > 0,
+            offload_param=self.offload_param and zero_stage == 3,
+        )
+
 
 def state_settings(
     deepspeed: DeepSpeedPlan, precision: Literal["fp32", "bf16", "fp16"], data_parallel_size: int
@@ -101,6 +110,7 @@ _COUNTED_AT: dict[str, tuple[Any, ...]] = {
     "data_types.grad_accum_dtype": (None,),
     "fp16.fp16_master_weights_and_grads": (False,),
     "optimizer.params.amsgrad": (False, None),
+    "optimizer.type": ("AdamW", "adamw"),
     "torch_autocast.enabled": (False,),
     "zero_optimization.contiguous_gradients": (True,),
     "zero_optimization.offload_optimizer.device": ("none", "cpu"),
@@ -139,22 +149,6 @@ def memory_plan(parameters: Sequence[ParameterTensor], settings: StateSettings) 
     if settings.zero_stage == 3:
         return _stage_3(parameters, settings)
     return _stage_1_and_2(parameters, settings)
-
-
-def memory_by_stage(parameters: Sequence[ParameterTensor], settings: StateSettings) -> dict[int, MemoryPlan]:
-    """The same under each ZeRO stage, with the given offload where the stage has something to offload."""
-    return {
-        stage: memory_plan(
-            parameters,
-            replace(
-                settings,
-                zero_stage=stage,
-                offload_optimizer=settings.offload_optimizer and stage > 0,
-                offload_param=settings.offload_param and stage == 3,
-            ),
-        )
-        for stage in range(4)
-    }
 
 
 def _stage_0(parameters: Sequence[ParameterTensor], settings: StateSettings) -> MemoryPlan:

@@ -9,8 +9,9 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import PlanError, Problem
+from launcher.planning.combinations import combination_problems, model_problems
 from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config, with_batch
-from launcher.planning.families import list_parameters
+from launcher.planning.estimate import estimate_ranks, states_by_zero_stage
 from launcher.planning.layout import (
     BatchPlan,
     Layout,
@@ -20,7 +21,7 @@ from launcher.planning.layout import (
     make_layout,
     resize_batch,
 )
-from launcher.planning.memory import MemoryPlan, memory_by_stage, state_settings, uncounted_reason
+from launcher.planning.memory import MemoryPlan, uncounted_reason
 from launcher.planning.model_shape import (
     ModelShape,
     check_model,
@@ -28,6 +29,8 @@ from launcher.planning.model_shape import (
     unknown_reason,
     unread_fields,
 )
+from launcher.planning.optimizers import optimizer_problems
+from launcher.planning.rank_memory import RankMemory
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tasks import TASKS
 
@@ -50,6 +53,7 @@ class Plan(BaseModel):
             known.
         memory: bytes per rank of the model states; `None` when `model` is, or when a DeepSpeed setting is not counted.
         memory_by_stage: the same under each ZeRO stage, for comparison.
+        ranks: everything that the ranks of each pipeline stage hold; `None` when `memory` is.
         deepspeed_config: the exact JSON that `deepspeed.initialize` gets.
         notes: what a person should know, such as why `model` is `None`.
     """
@@ -66,6 +70,7 @@ class Plan(BaseModel):
     model: ModelShape | None
     memory: MemoryPlan | None
     memory_by_stage: dict[int, MemoryPlan] | None = None
+    ranks: tuple[RankMemory, ...] | None = None
     deepspeed_config: dict[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -89,7 +94,13 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
             gradient_accumulation_steps=recipe.training.gradient_accumulation_steps or 1,
             global_batch_size=recipe.training.global_batch_size or 1,
         )
-    deepspeed = _collect(problems, make_deepspeed_config, recipe, layout, batch)
+    deepspeed = _collect(problems, make_deepspeed_config, recipe, layout, batch, (config or {}).get("model_type"))
+    if deepspeed is not None:
+        offloads = "none" not in (deepspeed.offload_optimizer, deepspeed.offload_param)
+        problems += combination_problems(layout, deepspeed.zero_stage, recipe.training.precision, offloads)
+        problems += optimizer_problems(recipe.optimizer, deepspeed.zero_stage)
+    if config is not None:
+        problems += model_problems(config, layout, recipe)
     if problems or deepspeed is None:
         raise PlanError(recipe.name, problems)
     return _assemble(recipe, resources, layout, batch, config, deepspeed)
@@ -135,10 +146,10 @@ def _assemble(
 ) -> Plan:
     counted = config is not None and TASKS[recipe.task].generates
     model = model_shape(config) if counted and config is not None else None
-    by_stage = None
+    by_stage = ranks = None
     if config is not None and model is not None and uncounted_reason(deepspeed.config) is None:
-        settings = state_settings(deepspeed, recipe.training.precision, layout.data_parallel_size)
-        by_stage = memory_by_stage(list_parameters(config), settings)
+        by_stage = states_by_zero_stage(recipe, config, layout, deepspeed)
+        ranks = estimate_ranks(recipe, config, layout, batch, deepspeed, resources.device)
     return Plan(
         recipe=recipe,
         resources=resources,
@@ -149,13 +160,18 @@ def _assemble(
         model=model,
         memory=None if by_stage is None else by_stage[deepspeed.zero_stage],
         memory_by_stage=by_stage,
+        ranks=ranks,
         deepspeed_config=deepspeed.config,
-        notes=tuple(_notes(recipe, resources, config, deepspeed)),
+        notes=tuple(_notes(recipe, resources, layout, config, deepspeed)),
     )
 
 
 def _notes(
-    recipe: Recipe, resources: Resources, config: Mapping[str, Any] | None, deepspeed: DeepSpeedPlan
+    recipe: Recipe,
+    resources: Resources,
+    layout: Layout,
+    config: Mapping[str, Any] | None,
+    deepspeed: DeepSpeedPlan,
 ) -> list[str]:
     notes = []
     if config is None:
@@ -171,6 +187,8 @@ def _notes(
         notes.append(f"model.config: transformers knows no {', '.join(unread)} in this family, and ignores it")
     if reason := uncounted_reason(deepspeed.config):
         notes.append(f"memory is not counted: {reason}")
+    if layout.model_parallel_size > 1:
+        notes.append("memory is not counted under tensor, pipeline or sequence parallelism")
     if deepspeed.zero_stage == 0 and recipe.training.precision != "fp32":
         notes.append(
             f"ZeRO stage 0 in {recipe.training.precision}: DeepSpeed makes one optimizer step with zero gradients at "

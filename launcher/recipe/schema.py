@@ -219,10 +219,12 @@ class TrainingSection(Section):
 class OptimizerSection(Section):
     """The optimizer and its constants; the learning rate and its schedule stand under `training`."""
 
-    type: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    type: Literal["adamw", "sgd"] = "adamw"
+    """`adamw`: Loshchilov and Hutter, arXiv 1711.05101; `sgd`: stochastic gradient descent with momentum."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay; biases and normalisation weights are not decayed."""
+    """Weight decay, decoupled from the gradient but with `sgd`; biases and normalisation weights are not decayed."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Of `sgd`."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -327,7 +329,19 @@ class FaultToleranceSection(Section):
     """What happens when a worker fails."""
 
     max_restarts: int = Field(default=3, ge=0)
-    """Restarts from the last checkpoint before the run gives up."""
+    """Restarts after a crash, from the last checkpoint, before the run gives up; a new checkpoint refills them."""
+    max_start_failures: int = Field(default=2, ge=0)
+    """Restarts when workers fail before their first step; the first step refills them."""
+    max_preemptions: int | None = Field(default=None, ge=0)
+    """Restarts after nodes were taken away with notice; null: as many as it takes."""
+    restart_delay_seconds: float = Field(default=1.0, ge=0)
+    """Wait before the second restart in a row, doubled for each further one; the first one does not wait."""
+    max_restart_delay_seconds: float = Field(default=60.0, ge=0)
+    """The longest such wait."""
+    exclude_node_after: int | None = Field(default=3, ge=1)
+    """A node that failed so often gets no workers any more, if there are others; null: never."""
+    wait_for_nodes_seconds: float = Field(default=600.0, ge=0)
+    """How long a run that lost nodes waits for others before it gives up."""
     save_before_end_seconds: int = Field(default=300, ge=10, le=65_535)
     """How long before its time is over a job must save and stop; a step and a save must fit in. It goes on in the
     job's next start."""

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name that every PyTorch reader expects)
 from transformers import AutoModelForCausalLM
 
+from launcher.models.parallel import cross_entropy_sum
 from launcher.tasks.base import Batch, LossOutput, Sample, Task
 
 IGNORED = -100
@@ -46,7 +46,5 @@ class CausalLanguageModelling(Task):
         """Cross-entropy in nats, summed over targets, in fp32 whatever the model's precision."""
         logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         labels = batch["labels"]
-        loss_sum = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        loss_sum = cross_entropy_sum(model, logits, labels, IGNORED)
         return LossOutput(loss_sum, (labels != IGNORED).sum())

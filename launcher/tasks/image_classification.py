@@ -70,7 +70,7 @@ class ImageClassificationEncoder:
         try:
             pixels = read_pixels(row["image"], self.stored, self.channels)
         except (OSError, ValueError, SyntaxError):  # Pillow raises all three over broken files
-            return BadExample(f"the image cannot be read")
+            return BadExample("the image cannot be read")
         return {"pixels": pixels, "labels": target}
 
     def facts(self) -> dict[str, Any]:

@@ -27,6 +27,10 @@ class Phase(StrEnum):
     DONE = "done"
 
 
+STEP_PHASES = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
+"""What an optimizer step consists of."""
+
+
 @dataclass(frozen=True)
 class Beat:
     """One look at a worker.
@@ -40,6 +44,13 @@ class Beat:
         max_steps: optimizer steps of the whole run, 0 until known.
         timeline: Unix time at which each start-up phase was first entered.
         notices: what a person should know, in the order in which it happened; a later look has all of an earlier one.
+        time: Unix time of the look, on the worker's clock.
+        progress: grows with everything the worker gets done. All ranks of a group do the same things in the same order,
+            so the rank with the least is the one that the others wait for.
+        spent: seconds in each phase since the worker began, the current phase's till now.
+        spent_before_save: the same at the moment when the newest checkpoint was committed.
+        saved_step: step of the newest checkpoint that this worker committed or began with.
+        first_step_seconds: what the first step took, with everything that happens only once.
     """
 
     rank: int
@@ -50,6 +61,12 @@ class Beat:
     max_steps: int
     timeline: dict[str, float]
     notices: tuple[str, ...] = ()
+    time: float = 0.0
+    progress: int = 0
+    spent: dict[str, float] = field(default_factory=dict)
+    spent_before_save: dict[str, float] = field(default_factory=dict)
+    saved_step: int = 0
+    first_step_seconds: float = 0.0
 
 
 class Heartbeat:
@@ -59,17 +76,44 @@ class Heartbeat:
         self.rank = rank
         self.step = 0
         self.max_steps = 0
+        self.saved_step = 0
+        self.metrics: dict[str, Any] = {}
         self._phase = Phase.STARTING
         self._since = time.time()
-        self.metrics: dict[str, Any] = {}
+        self._entered = time.monotonic()
+        self._spent: dict[str, float] = {}
+        self._spent_before_save: dict[str, float] = {}
+        self._first_step_seconds = 0.0
+        self._progress = 0
+        self._lock = threading.Lock()
         self.timeline: dict[str, float] = {Phase.STARTING.value: self._since}
         self._notices: tuple[str, ...] = ()
 
     def enter(self, phase: Phase) -> None:
         """Say that a phase begins."""
-        self._phase = phase
-        self._since = time.time()
+        with self._lock:
+            now = time.monotonic()
+            self._spent[self._phase.value] = self._spent.get(self._phase.value, 0.0) + now - self._entered
+            self._phase, self._entered, self._since = phase, now, time.time()
+            self._progress += 1
         self.timeline.setdefault(phase.value, self._since)
+
+    def advance(self) -> None:
+        """Say that something got done within a long phase, such as one of many batches."""
+        self._progress += 1
+
+    def stepped(self, step: int) -> None:
+        """Say that an optimizer step is complete."""
+        self.step = step
+        if "first_step" not in self.timeline:
+            spent = self._read_spent()
+            self._first_step_seconds = sum(spent.get(phase.value, 0.0) for phase in STEP_PHASES)
+        self.mark("first_step")
+
+    def saved(self, step: int) -> None:
+        """Say that a checkpoint of this step is committed."""
+        self.saved_step = step
+        self._spent_before_save = self._read_spent()
 
     def mark(self, name: str) -> None:
         """Note the first time at which something happened."""
@@ -90,7 +134,19 @@ class Heartbeat:
             max_steps=self.max_steps,
             timeline=dict(self.timeline),
             notices=self._notices,
+            time=time.time(),
+            progress=self._progress,
+            spent=self._read_spent(),
+            spent_before_save=self._spent_before_save,
+            saved_step=self.saved_step,
+            first_step_seconds=self._first_step_seconds,
         )
+
+    def _read_spent(self) -> dict[str, float]:
+        with self._lock:
+            spent = dict(self._spent)
+            spent[self._phase.value] = spent.get(self._phase.value, 0.0) + time.monotonic() - self._entered
+        return spent
 
 
 @dataclass(frozen=True)

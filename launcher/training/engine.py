@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from launcher.errors import RecipeError
+from launcher.models.sequence import spread_sequences
 from launcher.planning.plan import Plan
 from launcher.recipe.schema import TrainingSection
 
@@ -85,10 +86,12 @@ def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
     """
     import deepspeed
 
+    mpu = spread_sequences(model, plan.layout, plan.batch) if plan.layout.sequence_parallel_size > 1 else None
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model, plan.recipe.optimizer.weight_decay),
         lr_scheduler=scheduler_factory(plan.recipe.training, max_steps),
         config=plan.deepspeed_config,
+        mpu=mpu,
     )
     return engine

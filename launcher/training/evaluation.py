@@ -2,17 +2,21 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from launcher.data.loader import evaluation_batches
+from launcher.data.loader import Collate, evaluation_batches
+from launcher.models.parallel import whole_logits
+from launcher.models.sequence import whole_sequences
+from launcher.planning.layout import Coordinates
 from launcher.planning.plan import Plan
-from launcher.tasks import Sample, Task
+from launcher.tasks import Sample
 from launcher.training.distributed import sum_over_ranks
-from launcher.training.upstream import to_device
+from launcher.training.passes import Passes, counts
 
 
 @dataclass(frozen=True)
@@ -33,44 +37,46 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-@torch.no_grad()
 def evaluate(
-    engine: Any, task: Task, datasets: Sequence[Sequence[Sample]], plan: Plan, rank: int, device: torch.device
+    passes: Passes,
+    collate: Collate,
+    datasets: Sequence[Sequence[Sample]],
+    plan: Plan,
+    place: Coordinates,
+    device: torch.device,
 ) -> Evaluation:
     """Evaluate on all ranks together; every validation sample counts once.
 
     Sums are kept in float64, so the mean does not depend on the number of ranks beyond the order of additions.
     """
-    engine.eval()
-    loss_sum, num_targets = 0.0, 0
     batches = evaluation_batches(
         datasets,
         plan.batch.micro_batch_size,
-        rank,
+        place.data,
         plan.layout.data_parallel_size,
         plan.recipe.evaluation.max_eval_samples,
-        task.collate,
+        collate,
     )
-    for batch in batches:
-        output = task.loss(engine, to_device(batch, device))
-        loss_sum += output.loss_sum.item()
-        num_targets += int(output.num_targets.item())
-    engine.train()
+    loss_sum, num_targets = passes.evaluate(batches)
+    if not counts(plan, place):
+        loss_sum, num_targets = 0.0, 0
     total_loss, total_targets = sum_over_ranks(loss_sum, float(num_targets), device=device)
     return Evaluation(total_loss / max(total_targets, 1.0), int(total_targets))
 
 
 @torch.no_grad()
 def generate(
-    engine: Any, plan: Plan, tokenizer_directory: Path, step: int, device: torch.device, rank: int
+    engine: Any, plan: Plan, tokenizer_directory: Path, step: int, device: torch.device, place: Coordinates
 ) -> dict[str, str]:
-    """Continue each prompt of the recipe; under ZeRO 3 on every rank alike, otherwise on rank 0 alone.
+    """Continue each prompt of the recipe, on as few ranks as hold the model between them.
+
+    These are all ranks under ZeRO 3, otherwise the first tensor-parallel group; all of them do the same.
 
     Returns:
         Continuation by prompt; empty on ranks that did not generate.
     """
     settings = plan.recipe.evaluation.generate
-    if not settings.prompts or (plan.zero_stage != 3 and rank != 0):
+    if not settings.prompts or (plan.zero_stage != 3 and (place.data, place.sequence) != (0, 0)):
         return {}
     from transformers import AutoTokenizer
 
@@ -78,10 +84,11 @@ def generate(
     limit = plan.model.max_position_embeddings if plan.model else None
     engine.eval()
     texts = {}
-    # The same seed on every rank: under ZeRO 3 all must sample the same tokens, or one would stop earlier and hang
-    # the rest.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    # The same seed on every rank: all must sample the same tokens, or one would stop earlier and hang the rest.
+    with ExitStack() as stack, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(plan.recipe.seed + step)
+        stack.enter_context(whole_logits(engine))
+        stack.enter_context(whole_sequences(engine))
         for prompt in settings.prompts:
             inputs = tokenizer(prompt, return_tensors="pt").to(device)
             room = settings.max_new_tokens if limit is None else limit - inputs["input_ids"].shape[1]

@@ -15,23 +15,7 @@ from launcher.models.build import DTYPES
 from launcher.planning.plan import Plan
 from launcher.recipe.tasks import TASKS
 from launcher.tasks import make_task
-
-
-def consolidated_state_dict(folder: Path, zero_stage: int) -> dict[str, Any]:
-    """Read a checkpoint's whole weights on the host, in fp32 where the checkpoint has fp32 ones.
-
-    Args:
-        folder: of a complete checkpoint.
-        zero_stage: of the engine that saved it.
-    """
-    if zero_stage == 0:
-        states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        module: dict[str, Any] = states["module"]
-        return module
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    merged: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    return merged
+from launcher.training.consolidation import consolidated_state_dict
 
 
 def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, target: Path) -> Path:
@@ -52,7 +36,7 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
     manifest = read_manifest(folder)
     if wrong := faults_of(folder, contents=plan.recipe.checkpoint.verify == "full"):
         raise CheckpointError(f"checkpoint {folder} is damaged: {'; '.join(wrong)}. Export another one with --step.")
-    state = consolidated_state_dict(folder, manifest.zero_stage)
+    state = consolidated_state_dict(folder, manifest.zero_stage, manifest.layout)
     dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
     task = make_task(plan, PreparedData.load(tokenizer_directory.parent).facts)
     config = task.config()

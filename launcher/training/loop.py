@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 
 from launcher.checkpoints import folders
-from launcher.data.loader import BatchLoader, StepBatch
+from launcher.data.loader import BatchLoader, Collate, StepBatch
 from launcher.data.sampler import GlobalOrder
 from launcher.data.store import PreparedData
+from launcher.planning.layout import Coordinates
 from launcher.planning.plan import Plan
 from launcher.run_directory import append_json_line, read_json_lines
 from launcher.tasks import Metrics, Task, make_task
@@ -22,7 +23,7 @@ from launcher.training.evaluation import Evaluation, evaluate, generate
 from launcher.training.export import export_checkpoint
 from launcher.training.measuring import measure, write_evaluation
 from launcher.training.monitor import Monitor, Throughput, memory_bytes
-from launcher.training.upstream import step_and_norm, to_device
+from launcher.training.passes import Passes, StepOutcome, counts, make_passes, own_part
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,9 @@ class Session:
     progress: Progress
     max_steps: int
     monitor: Monitor | None
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimizer step measured.
-
-    `loss_sum` is this rank's, a float64 scalar still on the device: reading it would wait for the device.
-    """
-
-    loss_sum: torch.Tensor
-    num_targets: int
-    grad_norm: float | None
-    learning_rate: float
-    stop: bool
+    place: Coordinates
+    passes: Passes
+    collate: Collate
 
 
 def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: torch.device) -> TrainResult:
@@ -96,14 +86,14 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
             heartbeat.enter(Phase.DATA)
             throughput.step_begins()
             step_batch = next(loader)
-            report = train_step(session, step_batch)
+            learning_rate = float(session.engine.get_lr()[0])
+            outcome = train_step(session, step_batch)
             throughput.step_ends(plan.batch.global_batch_size)
             progress.step += 1
             progress.consumed_samples = step_batch.consumed_samples
-            heartbeat.step = progress.step
-            heartbeat.mark("first_step")
-            stop = report.stop
-            _after_step(session, step_batch, report, throughput)
+            heartbeat.stepped(progress.step)
+            stop = outcome.stop
+            _after_step(session, step_batch, outcome, learning_rate, throughput)
     finally:
         loader.close()
     return _finish(session, stopped=not _finished(session))
@@ -124,8 +114,23 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
     )
     progress = checkpoints.load(engine)
     heartbeat.step, heartbeat.max_steps = progress.step, max_steps
+    heartbeat.saved(progress.step)
     monitor = Monitor(plan, context.run_directory, progress.step, device) if context.rank == 0 else None
-    return Session(plan, context, device, task, prepared, engine, checkpoints, progress, max_steps, monitor)
+    return Session(
+        plan=plan,
+        context=context,
+        device=device,
+        task=task,
+        prepared=prepared,
+        engine=engine,
+        checkpoints=checkpoints,
+        progress=progress,
+        max_steps=max_steps,
+        monitor=monitor,
+        place=plan.layout.coordinates(context.rank),
+        passes=make_passes(plan, engine, task, device, heartbeat),
+        collate=own_part(task.collate, plan.layout, plan.layout.coordinates(context.rank)),
+    )
 
 
 def _train_loader(session: Session) -> BatchLoader:
@@ -141,43 +146,25 @@ def _train_loader(session: Session) -> BatchLoader:
         datasets,
         order,
         plan.batch,
-        data_parallel_rank=session.context.rank,
+        data_parallel_rank=session.place.data,
         data_parallel_size=plan.layout.data_parallel_size,
-        collate=session.task.collate,
+        collate=session.collate,
         consumed_samples=session.progress.consumed_samples,
     )
 
 
-def train_step(session: Session, step_batch: StepBatch) -> StepReport:
-    """Make one optimizer step on this rank's part of a global batch.
-
-    The loss is `sum over all targets of all ranks / their count`: each micro batch's sum is divided by the global
-    count and multiplied by the data-parallel size, because DeepSpeed averages gradients over data-parallel ranks.
-    """
-    engine, task, heartbeat = session.engine, session.task, session.context.heartbeat
-    learning_rate = float(engine.get_lr()[0])
-    torch.manual_seed(_step_seed(session.plan.recipe.seed, session.progress.step, session.context.rank))
-    micro_batches = step_batch.micro_batches
-    agreement = Agreement(
-        sum(task.num_targets(batch) for batch in micro_batches), session.context.stop.is_set(), session.device
+def train_step(session: Session, step_batch: StepBatch) -> StepOutcome:
+    """Make one optimizer step on this rank's part of a global batch."""
+    plan, context, place = session.plan, session.context, session.place
+    # Tensor-parallel ranks hold the same activations, so they must draw the same dropout.
+    torch.manual_seed(
+        _step_seed(plan.recipe.seed, session.progress.step, context.rank // plan.layout.tensor_parallel_size)
     )
-    loss_sum = torch.zeros((), dtype=torch.float64, device=session.device)
-    num_targets, stop, grad_norm = 0, False, None
-    for index, host_batch in enumerate(micro_batches):
-        heartbeat.enter(Phase.FORWARD)
-        output = task.loss(engine, to_device(host_batch, session.device))
-        if index == 0:
-            num_targets, stop = agreement.read()
-        heartbeat.enter(Phase.BACKWARD)
-        scale = session.plan.layout.data_parallel_size / max(num_targets, 1)
-        engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
-        heartbeat.enter(Phase.OPTIMIZER)
-        if index + 1 == len(micro_batches):
-            grad_norm = step_and_norm(engine, session.plan.zero_stage, session.plan.recipe.training.precision)
-        else:
-            engine.step()
-        loss_sum += output.loss_sum.detach()
-    return StepReport(loss_sum, num_targets, grad_norm, learning_rate, stop)
+    # Ranks of one sequence hold different targets; ranks of one tensor or pipeline group hold the same.
+    own_targets = place.tensor == 0 and place.pipeline == 0
+    targets = sum(map(session.task.num_targets, step_batch.micro_batches)) if own_targets else 0
+    agreement = Agreement(targets, context.stop.is_set(), session.device)
+    return session.passes.train(step_batch.micro_batches, agreement)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -185,27 +172,30 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _after_step(session: Session, step_batch: StepBatch, report: StepReport, throughput: Throughput) -> None:
-    recipe, progress = session.plan.recipe, session.progress
-    if recipe.logging.sample_ids:
+def _after_step(
+    session: Session, step_batch: StepBatch, outcome: StepOutcome, learning_rate: float, throughput: Throughput
+) -> None:
+    recipe, progress, place = session.plan.recipe, session.progress, session.place
+    if recipe.logging.sample_ids and (place.pipeline, place.sequence, place.tensor) == (0, 0, 0):
         path = session.context.run_directory.logs / f"samples_{session.context.rank:05d}.jsonl"
         append_json_line(path, {"step": progress.step, "sample_ids": step_batch.sample_ids.tolist()})
     if progress.step % recipe.logging.logging_steps == 0 or progress.step == 1 or _finished(session):
-        _log(session, report, throughput)
+        _log(session, outcome, learning_rate, throughput)
     due = recipe.evaluation.eval_steps is not None and progress.step % recipe.evaluation.eval_steps == 0
     if due or progress.step >= session.max_steps:
         _evaluate(session)
-    reason = _reason_to_save(session, report)
+    reason = _reason_to_save(session, outcome)
     if reason is not None:
         session.context.heartbeat.enter(Phase.SAVE)
-        session.checkpoints.save(session.engine, progress, reason)
+        if session.checkpoints.save(session.engine, progress, reason):
+            session.context.heartbeat.saved(progress.step)
 
 
-def _reason_to_save(session: Session, report: StepReport) -> str | None:
+def _reason_to_save(session: Session, outcome: StepOutcome) -> str | None:
     save_steps = session.plan.recipe.checkpoint.save_steps
     if _finished(session):
         return "end"
-    if report.stop:
+    if outcome.stop:
         return "stop"
     return "interval" if save_steps is not None and session.progress.step % save_steps == 0 else None
 
@@ -216,15 +206,16 @@ def _finished(session: Session) -> bool:
     return early or session.progress.step >= session.max_steps
 
 
-def _log(session: Session, report: StepReport, throughput: Throughput) -> None:
-    (loss_sum,) = sum_over_ranks(float(report.loss_sum), device=session.device)
+def _log(session: Session, outcome: StepOutcome, learning_rate: float, throughput: Throughput) -> None:
+    own = float(outcome.loss_sum) if counts(session.plan, session.place) else 0.0
+    (loss_sum,) = sum_over_ranks(own, device=session.device)
     memory = max_over_ranks(memory_bytes(session.device), session.device)
     if session.monitor is None:
         return
     values: dict[str, Any] = {
-        "loss": loss_sum / max(report.num_targets, 1),
-        "learning_rate": report.learning_rate,
-        "grad_norm": report.grad_norm,
+        "loss": loss_sum / max(outcome.num_targets, 1),
+        "learning_rate": learning_rate,
+        "grad_norm": outcome.grad_norm,
         "consumed_samples": session.progress.consumed_samples,
         "memory_bytes": int(memory),
     }
@@ -241,10 +232,10 @@ def _evaluate(session: Session) -> Evaluation | None:
     metrics = Metrics()
     if session.task.has_metrics:
         result, metrics = measure(
-            session.engine, session.task, datasets, session.plan, session.context.rank, session.device
+            session.engine, session.task, datasets, session.plan, session.place.data, session.device
         )
     else:
-        result = evaluate(session.engine, session.task, datasets, session.plan, session.context.rank, session.device)
+        result = evaluate(session.passes, session.collate, datasets, session.plan, session.place, session.device)
     best = progress.best_eval_loss
     progress.eval_loss, progress.eval_step = result.loss, progress.step
     if best is None or result.loss < best - settings.early_stopping_threshold:
@@ -257,7 +248,7 @@ def _evaluate(session: Session) -> Evaluation | None:
         session.prepared.tokenizer_directory,
         progress.step,
         session.device,
-        session.context.rank,
+        session.place,
     )
     if session.monitor is not None:
         values = {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_targets": result.num_targets}

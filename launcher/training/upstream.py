@@ -11,6 +11,8 @@ import torch
 import torch.distributed.distributed_c10d as c10d
 from torch.nn.utils import get_total_norm
 
+from launcher.planning.layout import Layout
+
 
 def quiet_known_warnings() -> None:
     """Hide torch's deprecation warnings of collectives that DeepSpeed calls; nothing a user could change."""
@@ -48,6 +50,18 @@ def avoid_compiler_import() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
+def averaging_ranks(layout: Layout, zero_stage: int) -> int:
+    """By how many ranks DeepSpeed divides the sum of all ranks' gradients.
+
+    It means to divide by the data-parallel size. Under sequence parallelism stages 0 to 2 do (`runtime/engine.py:
+    allreduce_bucket` and `runtime/zero/stage_1_and_2.py` divide by `world size / sequence_parallel_size`); stage 3
+    divides by all ranks of both kinds.
+    """
+    if zero_stage == 3:
+        return layout.data_parallel_size * layout.sequence_parallel_size
+    return layout.data_parallel_size
+
+
 def step_and_norm(engine: Any, zero_stage: int, precision: str) -> float | None:
     """Make the engine's optimizer step and return the global gradient norm before clipping.
 
@@ -56,13 +70,28 @@ def step_and_norm(engine: Any, zero_stage: int, precision: str) -> float | None:
     """
     norm: float | None = None
     if zero_stage == 0 and precision == "fp32":
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = float(get_total_norm(gradients))
+        norm = _gradient_norm(engine)
     engine.step()
     if norm is None:
         known = engine.get_global_grad_norm()
         norm = None if known is None else float(known)
     return norm
+
+
+def _gradient_norm(engine: Any) -> float:
+    """The norm of whole gradients on every rank; of tensor-parallel ranks, each holds a part of the sharded ones."""
+    whole: list[torch.Tensor] = []
+    parts: list[torch.Tensor] = []
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            (parts if getattr(parameter, "tensor_model_parallel", False) else whole).append(parameter.grad)
+    if not parts:
+        return float(get_total_norm(whole))
+    from deepspeed.utils import groups
+
+    square = get_total_norm(parts).square()
+    torch.distributed.all_reduce(square, group=groups.get_tensor_model_parallel_group())
+    return float((square + get_total_norm(whole).square()).sqrt())
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import pytest
 import launcher.planning.plan
 from cluster.profile import Profile
 from launcher.cli.main import main
+from launcher.orchestration.progress import readable_bytes
 from launcher.planning.plan import Plan
 from launcher.recipe.catalogue import recipe_names
 from launcher.recipe.loading import load_recipe
@@ -96,6 +97,18 @@ def test_plan_as_text_shows_the_arithmetic(zerofleet):
     assert "llama: 2 layers, hidden size 64, 4 heads (4 for keys and values), vocabulary 512" in outcome.out
     stages = [line[:8] for line in outcome.out.splitlines() if line[2:7] == "ZeRO "]
     assert stages == ["  ZeRO 0", "  ZeRO 1", "> ZeRO 2", "  ZeRO 3"]
+
+
+def test_plan_as_text_shows_what_a_rank_holds(zerofleet):
+    lines = zerofleet("plan", "small.yaml").out.splitlines()
+    (header,) = (index for index, line in enumerate(lines) if line.startswith("Memory of each rank"))
+    assert lines[header + 1].split() == ["states", "activations", "buffers", "backward", "step", "host"]
+    plan = Plan.model_validate_json(zerofleet("plan", "small.yaml", "--json").out)
+    assert plan.ranks is not None
+    (rank,) = plan.ranks
+    shown = [readable_bytes(size) for size in (rank.states.device_bytes, rank.backward_bytes, rank.step_bytes)]
+    assert all(size in lines[header + 2] for size in shown)
+    assert max(map(len, lines[header : header + 3])) <= 80
 
 
 def test_plan_as_json_is_the_plan_that_text_shows(zerofleet, tmp_path):

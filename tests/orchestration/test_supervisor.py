@@ -1,169 +1,158 @@
-"""The supervisor's decisions, stepped: the group and the clock are scripted here; real workers stand in test_run.py."""
+"""The state machine, stepped: the group and the clock are scripted here; real workers stand in test_run.py."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import pytest
 
-from launcher.orchestration.failure import Failure, FailureKind, FailurePolicy, GiveUp, Retry, describe, first_cause
-from launcher.orchestration.supervisor import GroupStatus, RunState, Supervisor
-
-ECHO = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5432"
-
-
-def failure(rank: int, message: str, *, time: float = 0.0, kind: FailureKind = FailureKind.EXCEPTION) -> Failure:
-    return Failure(rank, kind, message, f"Traceback of rank {rank}\n", 7, "forward", time)
-
-
-@dataclass
-class ScriptedGroup:
-    """Answers polls from a list; the last one repeats."""
-
-    polls: list[GroupStatus]
-    world_size: int = 2
-    calls: list[str] = field(default_factory=list)
-    clock: "Clock | None" = None
-
-    def start(self, attempt: int) -> None:
-        self.calls.append(f"start {attempt}")
-
-    def poll(self) -> GroupStatus:
-        if self.clock is not None:
-            self.clock.now += 0.5
-        return self.polls.pop(0) if len(self.polls) > 1 else self.polls[0]
-
-    def request_stop(self) -> None:
-        self.calls.append("request_stop")
-
-    def stop(self) -> None:
-        self.calls.append("stop")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.slept: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
-
-
-def supervise(polls: list[GroupStatus], max_restarts: int = 3) -> tuple[Supervisor, ScriptedGroup, list[Any], Clock]:
-    clock, events = Clock(), []
-    group = ScriptedGroup(polls, clock=clock)
-    policy = FailurePolicy(max_restarts)
-    supervisor = Supervisor(group, policy, clock, clock.sleep, lambda state, facts: events.append((state, facts)))
-    return supervisor, group, events, clock
-
-
-def run(supervisor: Supervisor) -> RunState:
-    for _ in range(100):
-        if supervisor.step().is_final:
-            return supervisor.state
-    raise AssertionError("no end after 100 steps")
-
-
-def results(status: str = "complete") -> dict[int, dict[str, Any]]:
-    return {rank: {"status": status, "step": 10} for rank in (0, 1)}
+from launcher.errors import ResourceError
+from launcher.orchestration.failure import FailureKind
+from launcher.orchestration.supervisor import GroupStatus, RunState
+from launcher.training.context import Phase
+from tests.orchestration.stepped import COMPLETE, ECHO, Stepped, beat, broken, died, failure, results
 
 
 def test_a_run_that_simply_completes() -> None:
-    supervisor, group, events, _ = supervise([GroupStatus(), GroupStatus(results=results())])
-    assert run(supervisor) is RunState.COMPLETE
-    assert group.calls == ["start 1", "stop"]
-    assert [state for state, _ in events] == [RunState.RUNNING, RunState.COMPLETE]
+    run = Stepped.over(GroupStatus(), COMPLETE)
+    assert run.run() is RunState.COMPLETE
+    assert run.group.calls == ["start 1", "stop"]
+    assert run.states == [RunState.RUNNING, RunState.COMPLETE]
 
 
 def test_one_rank_returning_is_not_the_end() -> None:
-    half = {0: {"status": "complete", "step": 10}}
-    supervisor, _, _, _ = supervise([GroupStatus(results=half), GroupStatus(results=results())])
-    supervisor.step()
-    assert supervisor.step() is RunState.RUNNING
-    assert supervisor.step() is RunState.COMPLETE
+    run = Stepped.over(GroupStatus(results={0: {"status": "complete", "step": 10}}), COMPLETE)
+    run.supervisor.step()
+    assert run.supervisor.step() is RunState.RUNNING
+    assert run.supervisor.step() is RunState.COMPLETE
 
 
 def test_a_failed_attempt_is_ended_and_started_again() -> None:
-    broken = GroupStatus(failures=[failure(1, "ValueError: no")])
-    supervisor, group, events, clock = supervise([broken, GroupStatus(results=results())])
-    assert run(supervisor) is RunState.COMPLETE
-    assert group.calls == ["start 1", "stop", "start 2", "stop"]
-    recovering = dict(events)[RunState.RECOVERING]
-    assert (recovering["rank"], recovering["step"], recovering["restart"]) == (1, 7, 1)
-    assert clock.slept == [0.0, 0.5]
+    run = Stepped.over(broken(died(1), saved_step=5), COMPLETE)
+    assert run.run() is RunState.COMPLETE
+    assert run.group.calls == ["start 1", "stop", "start 2", "stop"]
+    (facts,) = run.facts(RunState.RECOVERING)
+    assert (facts["rank"], facts["node"], facts["step"], facts["saved_step"]) == (1, "n1", 7, 5)
+    assert (facts["category"], facts["budget"], facts["restart"]) == ("infrastructure", "crash", 1)
+    assert "signal 9" in facts["evidence"]
+    assert run.clock.slept == [], "the first restart does not wait"
 
 
 def test_the_budget_of_restarts_ends() -> None:
-    broken = GroupStatus(failures=[failure(1, "ValueError: no")])
-    supervisor, group, events, clock = supervise([broken], max_restarts=2)
-    assert run(supervisor) is RunState.FAILED
-    assert group.calls == ["start 1", "stop", "start 2", "stop", "start 3", "stop"]
-    assert "2 of fault_tolerance.max_restarts 2" in events[-1][1]["reason"]
-    assert clock.slept == [0.0, 0.5, 1.0], "each restart waits longer"
+    run = Stepped.over(broken(died()), max_restarts=2, restart_delay_seconds=2)
+    assert run.run() is RunState.FAILED
+    assert run.group.calls == ["start 1", "stop", "start 2", "stop", "start 3", "stop"]
+    assert run.events[-1][1]["reason"] == "2 of fault_tolerance.max_restarts 2 restarts are used up"
+    assert 1.5 <= sum(run.clock.slept) <= 2.5, "none before the first restart, two seconds and jitter before the second"
 
 
 def test_an_expected_error_is_not_retried() -> None:
-    broken = GroupStatus(failures=[failure(0, "disk full", kind=FailureKind.EXPECTED)])
-    supervisor, group, _, _ = supervise([broken])
-    assert run(supervisor) is RunState.FAILED
-    assert group.calls == ["start 1", "stop"]
+    run = Stepped.over(broken(failure(0, "no such column", kind=FailureKind.EXPECTED)))
+    assert run.run() is RunState.FAILED
+    assert run.group.calls == ["start 1", "stop"]
 
 
 def test_an_echo_waits_for_its_cause() -> None:
     echo = failure(0, ECHO, time=1.0)
-    died = failure(1, "the worker's process is gone", time=2.0, kind=FailureKind.DIED)
-    polls = [GroupStatus(failures=[echo]), GroupStatus(failures=[echo]), GroupStatus(failures=[echo, died])]
-    supervisor, _, events, _ = supervise(polls, max_restarts=0)
-    assert run(supervisor) is RunState.FAILED
-    assert events[-1][1]["rank"] == 1
-    assert supervisor.failure_text.splitlines()[0].startswith("rank 1 failed at step 7 in phase forward")
+    run = Stepped.over(broken(echo), broken(echo), broken(echo, died(1, time=2.0)), max_restarts=0)
+    assert run.run() is RunState.FAILED
+    assert run.events[-1][1]["rank"] == 1
+    assert run.supervisor.failure_text.splitlines()[0].startswith("rank 1 on n1 failed at step 7 in phase forward")
 
 
 def test_echoes_alone_do_not_wait_for_ever() -> None:
-    supervisor, _, _, clock = supervise([GroupStatus(failures=[failure(0, ECHO)])], max_restarts=0)
-    assert run(supervisor) is RunState.FAILED
-    assert clock.now < 5
+    run = Stepped.over(broken(failure(0, ECHO)), max_restarts=0)
+    assert run.run() is RunState.FAILED
+    assert run.clock.now < 5
 
 
-def test_a_stop_request_reaches_the_workers_once() -> None:
-    supervisor, group, _, _ = supervise([GroupStatus(), GroupStatus(), GroupStatus(results=results("stopped"))])
-    supervisor.step()
-    supervisor.request_stop()
-    assert supervisor.step() is RunState.STOPPING
-    assert run(supervisor) is RunState.STOPPED
-    assert group.calls == ["start 1", "request_stop", "stop"]
+def test_a_stop_request_reaches_the_workers_once_and_is_followed_to_the_save() -> None:
+    saving = GroupStatus({0: beat(phase=Phase.SAVE)})
+    run = Stepped.over(GroupStatus(), saving, saving, GroupStatus(results=results("stopped")))
+    run.supervisor.step()
+    run.supervisor.request_stop("Ctrl-C")
+    run.supervisor.request_stop("again")
+    assert run.supervisor.step() is RunState.DRAINING
+    assert run.supervisor.step() is RunState.SAVING
+    assert run.run() is RunState.STOPPED
+    assert run.group.calls == ["start 1", "request_stop", "stop"]
+    assert run.events[-1][1]["reason"] == "Ctrl-C"
 
 
 def test_a_stop_request_before_the_start_starts_nothing() -> None:
-    supervisor, group, _, _ = supervise([GroupStatus()])
-    supervisor.request_stop()
-    assert run(supervisor) is RunState.STOPPED
-    assert group.calls == []
+    run = Stepped.over(GroupStatus())
+    run.supervisor.request_stop()
+    assert run.run() is RunState.STOPPED
+    assert run.group.calls == []
+
+
+def test_a_stop_request_does_not_wait_for_a_delay() -> None:
+    run = Stepped.over(broken(died()), restart_delay_seconds=1000, max_restart_delay_seconds=1000)
+    for _ in range(6):
+        run.supervisor.step()
+    assert run.supervisor.state is RunState.RECOVERING
+    run.supervisor.request_stop()
+    assert run.supervisor.step() is RunState.STOPPED
+    assert run.clock.now < 10
 
 
 def test_a_failure_while_stopping_is_not_retried() -> None:
-    supervisor, group, _, _ = supervise([GroupStatus(), GroupStatus(failures=[failure(1, "ValueError")])])
-    supervisor.step()
-    supervisor.request_stop()
-    assert run(supervisor) is RunState.FAILED
-    assert group.calls.count("start 1") == 1
-    assert "start 2" not in group.calls
+    run = Stepped.over(GroupStatus(), broken(died()))
+    run.supervisor.step()
+    run.supervisor.request_stop()
+    assert run.run() is RunState.FAILED
+    assert "start 2" not in run.group.calls
 
 
-def test_the_first_cause_comes_before_echoes_and_later_failures() -> None:
-    echo, early, late = failure(0, ECHO, time=0.0), failure(2, "KeyError", time=1.0), failure(1, "OSError", time=2.0)
-    assert first_cause([echo, late, early]) is early
-    text = describe([echo, late, early]).splitlines()
-    assert text[0] == "rank 2 failed at step 7 in phase forward: KeyError"
-    assert text[1] == "Traceback of rank 2"
-    assert text[2].startswith("rank 0 then:")
-    assert text[2].endswith("(follows from the first failure)")
-    assert text[3] == "rank 1 then: OSError"
+def test_workers_that_do_not_save_within_the_grace_time_are_ended() -> None:
+    run = Stepped.over(GroupStatus({0: beat(saved_step=40)}))
+    run.supervisor.step()
+    run.supervisor.request_stop("SIGTERM", grace_seconds=3)
+    assert run.run() is RunState.STOPPED
+    assert run.group.calls[-1] == "stop"
+    assert 3 <= run.clock.now < 5
+    assert run.events[-1][1]["step"] == 40
+    assert "did not save in time, the newest checkpoint is that of step 40" in run.events[-1][1]["reason"]
 
 
-def test_the_policy_counts_and_gives_up() -> None:
-    policy = FailurePolicy(max_restarts=7)
-    delays = [policy.decide(failure(0, "x")) for _ in range(7)]
-    assert delays == [Retry(n, min(0.5 * 2 ** (n - 1), 30.0)) for n in range(1, 8)]
-    assert isinstance(policy.decide(failure(0, "x")), GiveUp)
+def test_a_node_that_is_taken_before_its_grace_time_leaves_a_run_that_can_go_on() -> None:
+    run = Stepped.over(GroupStatus(), broken(died(), saved_step=40))
+    run.supervisor.step()
+    run.supervisor.request_stop("SIGTERM", grace_seconds=30)
+    assert run.run() is RunState.STOPPED
+    assert run.events[-1][1]["saved_step"] == 40
+
+
+def test_lost_nodes_are_waited_for() -> None:
+    run = Stepped.over(broken(died()), COMPLETE)
+    run.group.missing = [1, 1, 1, 0]
+    assert run.run() is RunState.COMPLETE
+    assert run.states == [RunState.RUNNING, RunState.RECOVERING, RunState.WAITING, RunState.RUNNING, RunState.COMPLETE]
+    assert run.facts(RunState.WAITING)[0]["missing_nodes"] == 1
+    assert run.clock.slept == [5.0] * 3
+
+
+def test_lost_nodes_are_not_waited_for_without_end() -> None:
+    run = Stepped.over(broken(died()), wait_for_nodes_seconds=60)
+    run.group.missing = [1] * 100
+    assert run.run() is RunState.FAILED
+    assert "1 node(s) are missing; waited fault_tolerance.wait_for_nodes_seconds 60" in run.events[-1][1]["reason"]
+    assert 60 <= run.clock.now < 70
+
+
+def test_a_restart_on_a_node_that_is_not_yet_known_to_be_gone_is_tried_again() -> None:
+    run = Stepped.over(broken(died()), COMPLETE)
+    run.group.starts = [None, ResourceError("other work holds them")]
+    assert run.run() is RunState.COMPLETE
+    assert run.group.calls == ["start 1", "stop", "start 2", "start 2", "stop"]
+    assert RunState.WAITING in run.states
+
+
+def test_a_first_start_without_resources_is_the_profiles_mistake() -> None:
+    run = Stepped.over(GroupStatus())
+    run.group.starts = [ResourceError("the cluster has less")]
+    with pytest.raises(ResourceError):
+        run.supervisor.step()
+
+
+def test_a_node_that_fails_again_and_again_is_left_out() -> None:
+    run = Stepped.over(*(broken(died(node="n2"), saved_step=step) for step in (10, 20)), COMPLETE, exclude_node_after=2)
+    assert run.run() is RunState.COMPLETE
+    assert run.group.avoided == [(), (), ("n2",)]
+    assert [facts.get("excluded") for facts in run.facts(RunState.RECOVERING)] == [None, ["n2"]]

@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from launcher.models.build import build_model
 from launcher.planning.plan import Plan
+from launcher.tasks.causal_lm import CausalLanguageModelling
 from launcher.training.distributed import join_process_group
 from launcher.training.engine import build_engine
+from tests.support.live_storages import LiveStorages
 
 Storages = dict[int, int]
 
@@ -92,20 +94,35 @@ def measure(engine: Any, before: Storages) -> dict[str, int]:
 
 
 def run(plan: Plan) -> dict[str, int]:
-    """Measure between the micro batches of the second step; without accumulation, between backward and step."""
+    """Measure after the first forward pass of the second step, and after its backward pass."""
     before = all_live()
     engine = build_engine(plan, build_model(plan, AutoModelForCausalLM), max_steps=4)
-    ids = torch.arange(plan.recipe.data.sequence_length).unsqueeze(0)
+    task = CausalLanguageModelling(plan)
     accumulation = plan.batch.gradient_accumulation_steps
     for micro_step in range(accumulation + 1):
-        loss = engine(input_ids=ids, labels=ids).loss
-        engine.backward(loss)
-        del loss
+        counter = LiveStorages()
+        counter.ignore(thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta)
+        with counter:
+            output = task.loss(engine, two_documents(plan))
+        gc.collect()
+        gathered = counter.bytes_of(engine.module.parameters())
+        activations = counter.live - gathered
+        engine.backward(output.loss_sum)
+        del output
         if micro_step == accumulation:
             result = measure(engine, before)
         engine.step()
     engine.destroy()
-    return result
+    return {**result, "activations": activations, "gathered": gathered}
+
+
+def two_documents(plan: Plan) -> dict[str, torch.Tensor]:
+    """A micro batch whose rows hold two documents each, unless the recipe has one document in a row."""
+    shape = (plan.batch.micro_batch_size, plan.recipe.data.sequence_length)
+    ids, labels = (torch.randint(1, 64, shape) for _ in range(2))
+    documents = 1 if plan.recipe.data.packing == "none" else 2
+    positions = (torch.arange(shape[1]) % (shape[1] // documents)).repeat(shape[0], 1)
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.dictionaries(KEYS, VALUES, max_size=4), indent=st.sampled_from([None, 2]))
 def test_any_json_object_is_read_as_json_does_and_every_key_has_its_line(
     tmp_path: Path, data: dict[str, Any], indent: int | None

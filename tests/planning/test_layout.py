@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from launcher.errors import PlanError
 from launcher.planning.layout import (
-    SUPPORTED,
+    AXES,
     BatchPlan,
     Layout,
     Resources,
@@ -16,7 +16,7 @@ from launcher.planning.layout import (
     make_layout,
     resize_batch,
 )
-from launcher.recipe.schema import ParallelSection, Recipe
+from launcher.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -37,17 +37,52 @@ def test_what_is_left_of_the_world_size_is_data_parallel(make_recipe: MakeRecipe
     assert layout == Layout(world_size=6, data_parallel_size=6)
 
 
-def test_every_parallel_size_of_the_recipe_has_its_row_of_supported_sizes() -> None:
-    assert set(SUPPORTED) == set(ParallelSection.model_fields)
-    assert all(1 in sizes for sizes in SUPPORTED.values())
+def test_sizes_that_do_not_multiply_are_told_with_those_that_do(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe({"parallel.tensor_parallel_size": 3, "parallel.pipeline_parallel_size": 2})
+    message = (
+        "parallel: tensor_parallel_size 3 x pipeline_parallel_size 2 = 6 does not divide the world size 8; "
+        "make the product one of 1, 2, 4, 8"
+    )
+    with pytest.raises(PlanError, match=re.escape(message)):
+        make_layout(recipe, Resources(nodes=2, workers_per_node=4))
 
 
-def test_unproved_sizes_are_refused_all_at_once(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe({f"parallel.{name}": 2 for name in SUPPORTED})
-    with pytest.raises(PlanError) as caught:
-        make_layout(recipe, Resources(workers_per_node=4))
-    assert {problem.where for problem in caught.value.problems} == {f"parallel.{name}" for name in SUPPORTED}
-    assert all("not yet run by a test of ours; set it to 1" in problem.message for problem in caught.value.problems)
+def test_expert_groups_lie_inside_data_parallel(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe({"parallel.expert_parallel_size": 4})
+    message = (
+        "parallel.expert_parallel_size: 4 does not divide the data-parallel size 6, inside which expert groups lie; "
+        "set it to one of 1, 2, 3, 6"
+    )
+    with pytest.raises(PlanError, match=re.escape(message)):
+        make_layout(recipe, Resources(workers_per_node=6))
+
+
+SIZES = st.integers(1, 4)
+
+
+@given(pipeline=SIZES, data=SIZES, sequence=SIZES, tensor=SIZES)
+def test_coordinates_name_each_rank_once(pipeline: int, data: int, sequence: int, tensor: int) -> None:
+    layout = Layout(
+        world_size=pipeline * data * sequence * tensor,
+        data_parallel_size=data,
+        pipeline_parallel_size=pipeline,
+        sequence_parallel_size=sequence,
+        tensor_parallel_size=tensor,
+    )
+    places = [layout.coordinates(rank) for rank in range(layout.world_size)]
+    assert [layout.rank(place) for place in places] == list(range(layout.world_size))
+    assert len(set(places)) == layout.world_size
+    for axis in AXES:
+        groups = layout.groups(axis)
+        assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
+        assert {len(group) for group in groups} == {layout.size(axis)}
+
+
+def test_tensor_groups_are_neighbours_and_pipeline_groups_are_far_apart() -> None:
+    layout = Layout(world_size=8, data_parallel_size=2, pipeline_parallel_size=2, tensor_parallel_size=2)
+    assert layout.groups("tensor") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert layout.groups("data") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert layout.groups("pipeline") == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
 def test_a_layout_checks_its_own_product() -> None:

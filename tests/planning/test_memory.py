@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.planning.layout import Resources
-from launcher.planning.memory import StateSettings, memory_by_stage, memory_plan, uncounted_reason
+from launcher.planning.memory import StateSettings, memory_plan, uncounted_reason
 from launcher.planning.parameters import ParameterTensor
 from launcher.planning.plan import Plan, make_plan
 from launcher.recipe.schema import Recipe
+from tests.support.small_models import small
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -34,6 +35,10 @@ TIED = {
 }
 """An embedding much larger than the rest, so that it lies across the border of the two partitions."""
 ACROSS = {"training.gradient_accumulation_steps": 1}
+
+FP32 = {"training.precision": "fp32"}
+EAGER = {"model.attn_implementation": "eager"}
+CHECKPOINTING = {"training.gradient_checkpointing": True}
 
 CASES: dict[str, dict[str, Any]] = {
     "zero0-fp32": {"zero.stage": 0, "training.precision": "fp32", **ODD},
@@ -53,6 +58,28 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3-bf16-offload-optimizer": {"zero.stage": 3, "zero.offload_optimizer": "cpu"},
     "zero3-bf16-offload-both": {"zero.stage": 3, "zero.offload_optimizer": "cpu", "zero.offload_param": "cpu"},
     "zero3-fp32-offload-param": {"zero.stage": 3, "training.precision": "fp32", "zero.offload_param": "cpu"},
+    **{
+        f"{family}-{name}": {"model.config": small(family), "tokenizer.train.vocab_size": 1000, **changes}
+        for family, (name, changes) in {
+            "qwen3": ("zero3-bf16", {"zero.stage": 3}),
+            "qwen2": ("zero0-fp32-checkpointing", {"zero.stage": 0, **FP32, **CHECKPOINTING}),
+            "mistral": ("zero1-bf16-eager", {"zero.stage": 1, **EAGER}),
+            "gemma": ("zero2-fp32-eager-checkpointing", {"zero.stage": 2, **FP32, **EAGER, **CHECKPOINTING}),
+            "gemma2": ("zero2-bf16-eager", {"zero.stage": 2, **EAGER}),
+            "gemma3_text": ("zero1-fp32", {"zero.stage": 1, **FP32}),
+            "phi3": ("zero3-bf16-checkpointing", {"zero.stage": 3, **CHECKPOINTING}),
+            "olmo2": ("zero2-bf16", {"zero.stage": 2}),
+            "smollm3": ("zero3-fp32-one-document", {"zero.stage": 3, **FP32, "data.packing": "none"}),
+            "granite": ("zero2-fp32-checkpointing", {"zero.stage": 2, **FP32, **CHECKPOINTING}),
+            "starcoder2": ("zero1-bf16-checkpointing", {"zero.stage": 1, **CHECKPOINTING}),
+            "gpt_neox": ("zero2-bf16-eager", {"zero.stage": 2, **EAGER}),
+            "gpt2": ("zero2-fp32-eager", {"zero.stage": 2, **FP32, **EAGER}),
+            "opt": ("zero1-fp32", {"zero.stage": 1, **FP32}),
+            "mixtral": ("zero1-bf16", {"zero.stage": 1}),
+            "qwen3_moe": ("zero2-fp32", {"zero.stage": 2, **FP32}),
+            "qwen2_moe": ("zero0-bf16-checkpointing", {"zero.stage": 0, **CHECKPOINTING}),
+        }.items()
+    },
 }
 
 
@@ -60,7 +87,7 @@ def measured_plan(make_recipe: MakeRecipe, changes: dict[str, Any]) -> Plan:
     zero = {"reduce_bucket_size": BUCKET}
     if changes["zero.stage"] == 3:
         zero["stage3_param_persistence_threshold"] = 5_000  # some stay whole, some do not
-    fixed = {"training.micro_batch_size": 1, "deepspeed.overrides": {"zero_optimization": zero}}
+    fixed = {"training.micro_batch_size": 2, "deepspeed.overrides": {"zero_optimization": zero}}
     return make_plan(make_recipe({**fixed, **changes}), Resources(workers_per_node=2))
 
 
@@ -127,6 +154,13 @@ def test_the_plan_is_what_two_real_ranks_hold(measured: dict[str, tuple[Plan, di
     counters = 4 * 40
     for kind, bytes_planned in planned.items():
         assert bytes_planned == pytest.approx(found[kind], rel=1e-3, abs=counters), kind
+    assert plan.ranks is not None
+    (rank,) = plan.ranks
+    assert rank.states == memory
+    assert rank.activations == pytest.approx(found["activations"], rel=0.02)
+    assert found["gathered"] <= rank.buffers
+    total = sum(planned.values()) + rank.activations
+    assert total == pytest.approx(sum(found[kind] for kind in (*planned, "activations")), rel=0.02)
     # Nothing large is left unexplained: the reduce bucket, and two buffers of the largest tensor under offload.
     bytes_each = 4 if plan.recipe.training.precision == "fp32" else 2
     buffers = BUCKET * bytes_each
@@ -134,6 +168,10 @@ def test_the_plan_is_what_two_real_ranks_hold(measured: dict[str, tuple[Plan, di
         assert plan.model is not None
         buffers += 2 * plan.model.vocab_size * plan.model.hidden_size * bytes_each
     assert found["other"] <= buffers + 0.02 * sum(planned.values())
+
+
+def test_enough_pairs_of_model_and_layout_are_measured() -> None:
+    assert len(CASES) >= 30
 
 
 def tensors(*sizes: int) -> list[ParameterTensor]:
@@ -144,8 +182,8 @@ def test_the_zero_papers_table_for_large_models() -> None:
     # ZeRO (arXiv 1910.02054), figure 1: 7.5 billion parameters on 64 ranks, mixed precision with Adam (K = 12):
     # 120, 31.4, 16.6 and 1.9 GB. One tensor a rank, so that nothing lies across a border.
     layers = tensors(*([7_500_000_000 // 640] * 640))
-    by_stage = memory_by_stage(layers, StateSettings(0, "bf16", 64))
-    gigabytes = [round(by_stage[stage].device_bytes / 1e9, 1) for stage in range(4)]
+    settings = StateSettings(0, "bf16", 64)
+    gigabytes = [round(memory_plan(layers, settings.with_stage(stage)).device_bytes / 1e9, 1) for stage in range(4)]
     assert gigabytes == [120.0, 31.4, 16.6, 1.9]
 
 
@@ -190,7 +228,7 @@ def test_all_ranks_together_hold_at_least_the_whole_model(sizes: list[int], sett
 
 @given(sizes=SIZES, settings=SETTINGS)
 def test_a_higher_stage_never_holds_more_but_for_its_paddings(sizes: list[int], settings: StateSettings) -> None:
-    by_stage = memory_by_stage(tensors(*sizes), settings)
+    by_stage = {stage: memory_plan(tensors(*sizes), settings.with_stage(stage)) for stage in range(4)}
     # Stage 1 rounds up to 2 elements a rank, stage 3 each tensor to one element a rank: 16 bytes each with all states.
     padding = 16 * (2 * settings.data_parallel_size + len(sizes) * settings.data_parallel_size)
     assert by_stage[2].device_bytes <= by_stage[1].device_bytes

@@ -78,14 +78,14 @@ def test_problems_of_all_parts_are_told_at_once(make_recipe: MakeRecipe) -> None
 
 def test_a_wrong_layout_does_not_hide_the_rest(make_recipe: MakeRecipe) -> None:
     changes = {
-        "parallel.tensor_parallel_size": 2,
+        "parallel.tensor_parallel_size": 4,
         "deepspeed.overrides": {"amp": {}},
         "training.micro_batch_size": None,
     }
     with pytest.raises(PlanError) as caught:
         make_plan(make_recipe(changes), TWO)
     assert {problem.where for problem in caught.value.problems} == {
-        "parallel.tensor_parallel_size",
+        "parallel",
         "deepspeed.overrides.amp",
     }
 

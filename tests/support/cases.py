@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from launcher.data.store import PreparedData
+from launcher.models.parallel import whole_logits
+from launcher.models.sequence import whole_sequences
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory
 from launcher.training.context import Heartbeat, WorkerContext
@@ -25,7 +28,20 @@ def run(run_directory: str, data: str, stop_after: int | None = None) -> dict[st
     context = _context(run_directory)
     if stop_after is not None:
         _stop_at(context, stop_after)
-    return asdict(train(plan, context, PreparedData.load(Path(data)), torch.device("cpu")))
+    try:
+        return asdict(train(plan, context, PreparedData.load(Path(data)), torch.device("cpu")))
+    finally:
+        forget_groups()
+
+
+def forget_groups() -> None:
+    """Let the next case make other groups: DeepSpeed keeps those of a process in module globals."""
+    from deepspeed.module_inject.layers import set_autotp_mode
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+    ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
+    set_autotp_mode(training=False)
 
 
 def _stop_at(context: WorkerContext, step: int) -> None:
@@ -45,11 +61,12 @@ def logits(run_directory: str, data: str, input_ids: list[list[int]]) -> list[An
     plan = Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
     session = open_session(plan, _context(run_directory), PreparedData.load(Path(data)), torch.device("cpu"))
     session.engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), whole_logits(session.engine), whole_sequences(session.engine):
         output = session.engine(input_ids=torch.tensor(input_ids), use_cache=False).logits
     if session.monitor is not None:
         session.monitor.close()
     session.engine.destroy()
+    forget_groups()
     result: list[Any] = output.float().tolist()
     return result
 
@@ -68,4 +85,5 @@ def initial_weights(run_directory: str, data: str) -> dict[str, Any]:
     if session.monitor is not None:
         session.monitor.close()
     session.engine.destroy()
+    forget_groups()
     return sums

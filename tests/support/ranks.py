@@ -21,23 +21,25 @@ ANSWER = "@answer "
 
 
 class Ranks:
-    """`size` processes joined in one gloo group."""
+    """`size` processes joined in one gloo group; started by the first call, and by the first one after a failure."""
 
     def __init__(self, size: int, log_directory: Path) -> None:
         self.size = size
         self.logs = [log_directory / f"rank_{rank}.log" for rank in range(size)]
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def _start(self) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.processes = []
-        for rank in range(size):
+        for rank in range(self.size):
             environment = {
                 **os.environ,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(size),
-                "LOCAL_WORLD_SIZE": str(size),
-                "LOCAL_SIZE": str(size),
+                "WORLD_SIZE": str(self.size),
+                "LOCAL_WORLD_SIZE": str(self.size),
+                "LOCAL_SIZE": str(self.size),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "DS_ACCELERATOR": "cpu",
@@ -66,6 +68,8 @@ class Ranks:
         Raises:
             AssertionError: a rank raised; the text holds every rank's traceback.
         """
+        if not self.processes:
+            self._start()
         request = json.dumps({"call": function, "arguments": arguments}) + "\n"
         for process in self.processes:
             assert process.stdin is not None
@@ -96,6 +100,7 @@ class Ranks:
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
                     stream.close()
+        self.processes = []
 
 
 def serve() -> None:

@@ -34,16 +34,13 @@ def global_batch(data: Path, seed: int, step: int, size: int) -> dict[str, torch
 
 def train(data: Path, model_folder: Path, recipe: Any, global_batch_size: int, steps: int) -> Reference:
     """Train with torch.optim.AdamW on whole global batches."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
+    attention = recipe.model.attn_implementation
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation=attention)
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     o, t = recipe.optimizer, recipe.training
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=t.learning_rate,
-        betas=(o.adam_beta1, o.adam_beta2),
-        eps=o.adam_epsilon,
-    )
+    groups = [{"params": decay, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = make_optimizer(groups, o, t.learning_rate)
     losses, norms = [], []
     for step in range(steps):
         batch = global_batch(data, recipe.seed, step, global_batch_size)
@@ -54,10 +51,18 @@ def train(data: Path, model_folder: Path, recipe: Any, global_batch_size: int, s
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(len(targets), -1), targets, ignore_index=-100)
         optimizer.zero_grad()
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), t.max_grad_norm)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), t.max_grad_norm or math.inf)))
         optimizer.step()
         losses.append(loss.item())
     return Reference(losses, norms)
+
+
+def make_optimizer(groups: list[dict[str, Any]], section: Any, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer of torch that a recipe's section means."""
+    if section.type == "adamw":
+        betas = (section.adam_beta1, section.adam_beta2)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=section.adam_epsilon)
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=section.momentum)
 
 
 def cosine_with_warmup(step: int, warmup: int, total: int) -> float:

@@ -16,6 +16,7 @@ from launcher.recipe.loading import load_recipe
 from launcher.recipe.schema import Recipe
 from launcher.run_directory import RunDirectory
 from launcher.submit import write_run
+from tests.support.equality import Equality
 from tests.support.forked import ForkServer
 from tests.support.ranks import Ranks
 
@@ -34,6 +35,29 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks = Ranks(1, tmp_path_factory.mktemp("rank"))
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture
+def ranks_of(request: pytest.FixtureRequest) -> Callable[[int], Ranks]:
+    """Live ranks by number, started when first asked for."""
+
+    def start(size: int) -> Ranks:
+        ranks: Ranks = request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[size])
+        return ranks
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def equality(tmp_path_factory: pytest.TempPathFactory, base_recipe: Path, prepared: PreparedData) -> Equality:
+    return Equality(tmp_path_factory.mktemp("equality"), base_recipe, prepared.tokenizer_directory)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,90 @@
+"""From a checkpoint's files, in whatever layout they were saved, to whole weights under transformers' names."""
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launcher.errors import CheckpointError
+from launcher.planning.layout import Layout
+
+_ROW = "parameter_with_row_parallelism_patterns"
+_REPLICATED = "tp_replicated_parameter_patterns"
+
+
+def consolidated_state_dict(folder: Path, zero_stage: int, layout: Layout) -> dict[str, Any]:
+    """Read a checkpoint's whole weights on the host, in fp32 where the checkpoint has fp32 ones.
+
+    Args:
+        folder: of a complete checkpoint.
+        zero_stage: of the engine that saved it.
+        layout: that saved it.
+    """
+    if layout.tensor_parallel_size == 1:
+        return _model_state_dict(folder, zero_stage)
+    parts = []
+    for tensor_rank in range(layout.tensor_parallel_size):
+        with tempfile.TemporaryDirectory() as view:
+            parts.append(_model_state_dict(_view_of_rank(folder, tensor_rank, Path(view)), zero_stage))
+    return joined(parts, _partition_patterns(folder))
+
+
+def _model_state_dict(folder: Path, zero_stage: int) -> dict[str, Any]:
+    if zero_stage == 0:
+        states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        module: dict[str, Any] = states["module"]
+        return module
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    merged: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    return merged
+
+
+def _view_of_rank(folder: Path, tensor_rank: int, view: Path) -> Path:
+    """A folder of links to one tensor-parallel rank's files, under the names that a run without others would give.
+
+    `deepspeed/utils/zero_to_fp32.py` reads rank 0's only, and counts the others' as too many.
+    """
+    target = view / folder.name
+    target.mkdir()
+    for path in folder.iterdir():
+        if f"mp_rank_{tensor_rank:02d}_" in path.name:
+            link = target / path.name.replace(f"mp_rank_{tensor_rank:02d}_", "mp_rank_00_")
+            link.symlink_to(path.resolve())
+    return target
+
+
+def _partition_patterns(folder: Path) -> dict[str, Any]:
+    """What DeepSpeed writes of the tensor-parallel split of each parameter, for its universal checkpoints."""
+    path = next(iter(sorted(folder.glob("*mp_rank_00_model_states.pt"))))
+    states = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    patterns: dict[str, Any] | None = states.get("universal_checkpoint_info")
+    if not patterns:
+        raise CheckpointError(f"checkpoint {folder} does not say how its tensor-parallel ranks split the weights")
+    return patterns
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]], patterns: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Put the shards of tensor-parallel ranks together.
+
+    Args:
+        parts: state of each tensor-parallel rank, in order.
+        patterns: DeepSpeed's `universal_checkpoint_info`: regular expressions of the names of replicated parameters and
+            of those split along the input dimension; all others are split along the first.
+    """
+    whole = {}
+    for name, first in parts[0].items():
+        if _matches(name, patterns.get(_REPLICATED, ())):
+            whole[name] = first
+        else:
+            dim = 1 if _matches(name, patterns.get(_ROW, ())) else 0
+            whole[name] = torch.cat([part[name] for part in parts], dim=dim)
+    return whole
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(re.match(pattern, name) for pattern in patterns)

@@ -1,0 +1,118 @@
+"""Forward and backward over the micro batches of one step, and the optimizer's step: what differs between layouts.
+
+The loss of a step is `sum over all targets of the global batch / their count`. Each micro batch's sum is divided by the
+global count, and multiplied by the number of ranks over which DeepSpeed averages gradients.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from launcher.data.loader import Collate
+from launcher.planning.layout import Coordinates, Layout
+from launcher.planning.plan import Plan
+from launcher.tasks import Batch, Sample, Task
+from launcher.training.context import Heartbeat, Phase
+from launcher.training.distributed import Agreement
+from launcher.training.upstream import averaging_ranks, step_and_norm, to_device
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step measured.
+
+    Attributes:
+        loss_sum: this rank's, a float64 scalar still on the device: reading it would wait for the device.
+        num_targets: of the global batch.
+        grad_norm: over all parameters, before clipping.
+        stop: some rank was asked to stop after this step.
+    """
+
+    loss_sum: torch.Tensor
+    num_targets: int
+    grad_norm: float | None
+    stop: bool
+
+
+class Passes(Protocol):
+    """How a layout runs a task's micro batches."""
+
+    def train(self, micro_batches: Sequence[Batch], agreement: Agreement) -> StepOutcome:
+        """Make one optimizer step on this rank's micro batches."""
+        ...
+
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Sum the loss over this rank's validation batches, without gradients; returns (loss sum, targets)."""
+        ...
+
+
+class DirectPasses:
+    """Each rank runs the whole depth of the model: data, tensor, sequence and expert parallelism."""
+
+    def __init__(self, plan: Plan, engine: Any, task: Task, device: torch.device, heartbeat: Heartbeat) -> None:
+        self.plan = plan
+        self.engine = engine
+        self.task = task
+        self.device = device
+        self.heartbeat = heartbeat
+        self._ranks = averaging_ranks(plan.layout, plan.zero_stage)
+
+    def train(self, micro_batches: Sequence[Batch], agreement: Agreement) -> StepOutcome:
+        """Forward and backward for each micro batch; the last one ends with the optimizer's step."""
+        plan, engine, heartbeat = self.plan, self.engine, self.heartbeat
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        num_targets, stop, grad_norm = 0, False, None
+        for index, host_batch in enumerate(micro_batches):
+            heartbeat.enter(Phase.FORWARD)
+            output = self.task.loss(engine, to_device(host_batch, self.device))
+            if index == 0:
+                num_targets, stop = agreement.read()
+            heartbeat.enter(Phase.BACKWARD)
+            engine.backward(output.loss_sum * (self._ranks / max(num_targets, 1)), scale_wrt_gas=False)
+            heartbeat.enter(Phase.OPTIMIZER)
+            if index + 1 == len(micro_batches):
+                grad_norm = step_and_norm(engine, plan.zero_stage, plan.recipe.training.precision)
+            else:
+                engine.step()
+            loss_sum += output.loss_sum.detach()
+        return StepOutcome(loss_sum, num_targets, grad_norm, stop)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Forward for each batch."""
+        self.engine.eval()
+        loss_sum, num_targets = 0.0, 0
+        for batch in batches:
+            output = self.task.loss(self.engine, to_device(batch, self.device))
+            loss_sum += output.loss_sum.item()
+            num_targets += int(output.num_targets.item())
+        self.engine.train()
+        return loss_sum, num_targets
+
+
+def make_passes(plan: Plan, engine: Any, task: Task, device: torch.device, heartbeat: Heartbeat) -> Passes:
+    """Choose how the plan's layout runs."""
+    return DirectPasses(plan, engine, task, device, heartbeat)
+
+
+def own_part(collate: Collate, layout: Layout, place: Coordinates) -> Collate:
+    """Make a collate function return this rank's part of each sequence: its share of the positions, in order."""
+    size = layout.sequence_parallel_size
+    if size == 1:
+        return collate
+
+    def collate_part(samples: Sequence[Sample]) -> Batch:
+        batch = collate(samples)
+        return {name: tensor.chunk(size, dim=1)[place.sequence] for name, tensor in batch.items()}
+
+    return collate_part
+
+
+def counts(plan: Plan, place: Coordinates) -> bool:
+    """Whether a rank's loss sums count: of ranks that see the same targets, only one's do.
+
+    Tensor-parallel ranks all have the same loss; of a pipeline's stages, the last one has it.
+    """
+    return place.tensor == 0 and place.pipeline == plan.layout.pipeline_parallel_size - 1
