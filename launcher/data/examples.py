@@ -73,8 +73,8 @@ class ExampleEncoder(Protocol):
         """Form of the examples' arrays, after `begin`."""
         ...
 
-    def encode(self, rows: Sequence[Row]) -> list[Example | BadExample]:
-        """Turn each row into an example, or say why it is left out.
+    def encode(self, rows: Sequence[Row]) -> Sequence[Example | list[Example] | BadExample]:
+        """Turn each row into an example, or several, or say why it is left out.
 
         Raises:
             EncodingError: a row shows that the recipe does not fit the data.

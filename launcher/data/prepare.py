@@ -40,7 +40,7 @@ from launcher.data.store import (
 )
 from launcher.data.tokenizer import TokenizerFacts, load_tokenizer, tokenizer_identity, train_tokenizer
 from launcher.errors import DataError, SourceError
-from launcher.recipe.schema import Recipe
+from launcher.recipe.schema import Recipe, reads_packed_text
 from launcher.recipe.tasks import TASKS
 
 FORMAT = 1
@@ -67,7 +67,7 @@ def prepare(recipe: Recipe, *, progress: bool = True) -> PreparedData:
         StorageError: the cache cannot be written, or the disk is full.
     """
     _check_weights(recipe)
-    if not TASKS[recipe.task].packed_text:
+    if not reads_packed_text(recipe):
         return prepare_examples(recipe, TASKS[recipe.task].load().encoder(recipe), progress=progress)
     cache = cache_directory(recipe)
     reporter = ProgressReporter(progress)

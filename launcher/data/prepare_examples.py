@@ -17,7 +17,7 @@ from launcher.data.progress import ProgressReporter
 from launcher.data.rows import Rows
 from launcher.data.sources import LocatedSource, is_held_out, locate_sources, raise_if_full
 from launcher.data.store import TOKENIZER, GrowingArray, PreparedData, Split, is_complete, split_folder, write_marker
-from launcher.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer
+from launcher.data.tokenizer import load_tokenizer, read_chat_template, tokenizer_identity, train_tokenizer
 from launcher.errors import SourceError
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tasks import TASKS
@@ -66,6 +66,7 @@ def fingerprint(recipe: Recipe, located: list[LocatedSource], encoder: ExampleEn
         "format": ["examples", FORMAT],
         "task": [recipe.task, encoder.identity()],
         "sources": [source.identity() for source in located],
+        "chat_template": read_chat_template(recipe) if recipe.tokenizer.chat_template else None,
         "tokenizer": tokenizer_identity(recipe) if TASKS[recipe.task].tokens else None,
         "split": [data.validation_fraction, recipe.seed],
         "form": [data.sequence_length, data.max_bad_fraction],
@@ -177,7 +178,11 @@ class _Build:
                 train_tokenizer(self._training_texts(opened, advance), section, directory, entry.encoder_tokens)
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        if self.recipe.tokenizer.chat_template is not None:
+            tokenizer.chat_template = read_chat_template(self.recipe)
+            tokenizer.save_pretrained(directory)
+        return tokenizer
 
     def _training_rows(self, opened: list[Rows]) -> Iterator[list[Row]]:
         for rows in opened:
@@ -215,7 +220,8 @@ class _Build:
                         bad[example.reason] += 1
                         continue
                     held_out = located.serves == "both" and self._is_held_out(row)
-                    sides["validation" if held_out else splits[0]].append(example)
+                    made = example if isinstance(example, list) else [example]
+                    sides["validation" if held_out else splits[0]] += made
                 for split, examples in sides.items():
                     writers[split].append(examples)
                 seen += len(batch)

@@ -71,15 +71,16 @@ class Rows:
             for file in self.located.files:
                 path = Path(file.path)
                 if isinstance(source, TextSource):
-                    for text in _documents(path, source.sample_by):
-                        yield {"text": text, "label": path.parent.name} if source.label_from_folder else {"text": text}
+                    label = {"label": path.parent.name} if source.label_from_folder else {}
+                    yield from (columns | label for columns in _documents(path, source))
                 else:
                     yield {"image": {"bytes": path.read_bytes(), "path": file.path}, "label": path.parent.name}
 
 
 def _offered(source: Source) -> list[str]:
     if isinstance(source, TextSource):
-        return ["text", "label"] if source.label_from_folder else ["text"]
+        names = ["text"] if source.pattern is None else list(re.compile(source.pattern).groupindex)
+        return [*names, "label"] if source.label_from_folder else names
     return ["image", "label"]
 
 
@@ -87,14 +88,15 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _documents(path: Path, sample_by: str) -> Iterator[str]:
+def _documents(path: Path, source: TextSource) -> Iterator[dict[str, str]]:
     text = path.read_text(encoding="utf-8-sig", errors="replace")
-    if sample_by == "document":
-        yield text
-    elif sample_by == "line":
-        yield from text.splitlines()
+    if source.pattern is not None:
+        yield from (match.groupdict(default="") for match in re.finditer(source.pattern, text))
+    elif source.sample_by == "document":
+        yield {"text": text}
     else:
-        yield from (part for part in _EMPTY_LINE.split(text) if part.strip())
+        parts = text.splitlines() if source.sample_by == "line" else _EMPTY_LINE.split(text)
+        yield from ({"text": part} for part in parts if part.strip())
 
 
 def _digits() -> Iterator[Row]:

@@ -18,6 +18,11 @@ END_OF_TEXT = "<|endoftext|>"
 """The special token of every trained tokenizer: begin, end and padding."""
 BEGIN, SEPARATOR, MASK = "<|cls|>", "<|sep|>", "<|mask|>"
 """Special tokens that a tokenizer gets besides when it is trained for a task of the BERT kind."""
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The plain form of ChatML."""
 SAMPLE_PIECE_CHARACTERS = 1 << 18
 TRAINER_VERSION = 1
 """Part of a trained tokenizer's identity; counts up when the same text would give other tokens."""
@@ -46,6 +51,22 @@ class TokenizerFacts(BaseModel):
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     splits_words: bool
+
+
+def read_chat_template(recipe: Recipe) -> str:
+    """Return the chat template that the recipe names.
+
+    Raises:
+        SourceError: there is no such file.
+    """
+    name = str(recipe.tokenizer.chat_template)
+    if name == "chatml":
+        return CHATML
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = Problem(f"cannot read {name} ({error}); name a file, or chatml", "tokenizer.chat_template")
+        raise SourceError(recipe.name, [problem]) from error
 
 
 def tokenizer_origin(recipe: Recipe) -> tuple[str, str]:

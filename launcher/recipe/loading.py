@@ -96,7 +96,14 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
                 update={"model_name_or_path": _name_or_path(model.model_name_or_path, folder), "config": config}
             ),
             "tokenizer": tokenizer.model_copy(
-                update={"tokenizer_name_or_path": _name_or_path(tokenizer.tokenizer_name_or_path, folder)}
+                update={
+                    "tokenizer_name_or_path": _name_or_path(tokenizer.tokenizer_name_or_path, folder),
+                    "chat_template": None
+                    if tokenizer.chat_template is None
+                    else tokenizer.chat_template
+                    if tokenizer.chat_template == "chatml"
+                    else _absolute(tokenizer.chat_template, folder),
+                }
             ),
             "data": data.model_copy(
                 update={

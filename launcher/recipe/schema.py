@@ -3,12 +3,13 @@
 The strings under the fields are their documentation: ``zerofleet schema`` prints them as JSON Schema.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from launcher.recipe.section import Section
-from launcher.recipe.task_sections import ClassificationSection, ImageSection
+from launcher.recipe.task_sections import ClassificationSection, ImageSection, MaskedLanguageModellingSection
 from launcher.recipe.tasks import TASKS, TaskName
 
 
@@ -50,6 +51,8 @@ class TokenizerSection(Section):
     """Folder or hub name; default: the model's."""
     train: TrainTokenizerSection | None = None
     """Train one from the training documents instead of loading one."""
+    chat_template: str | None = None
+    """A file with a Jinja template, or `chatml`; default: the loaded tokenizer's own."""
     pad_token: str | None = None
     """Which token of a loaded tokenizer pads, where it names none itself."""
 
@@ -80,8 +83,22 @@ class TextSource(_SourceBase):
     with `./` or `../` from the folder of the recipe."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """What one document is: a file, a paragraph (separated by an empty line) or a line."""
+    pattern: str | None = None
+    """A Python regular expression: each match in a file is one example, its named groups (`(?P<prompt>...)`) are the
+    columns. In place of sample_by."""
     label_from_folder: bool = False
     """Give each document the name of its file's folder as `label`."""
+
+    @model_validator(mode="after")
+    def _pattern_has_groups(self) -> "TextSource":
+        if self.pattern is not None:
+            try:
+                groups = re.compile(self.pattern).groupindex
+            except re.error as error:
+                raise ValueError(f"pattern is no regular expression: {error}") from error
+            if not groups:
+                raise ValueError("pattern names no group: write (?P<text>...) for what is to be read")
+        return self
 
 
 class TableSource(_SourceBase):
@@ -155,6 +172,9 @@ class DataSection(Section):
     """Share of the documents that is held out; a document's side depends on its text alone, never on file order."""
     sequence_length: int = Field(default=1, ge=1)
     """Tokens per sample, at most; 1 for tasks without text."""
+    format: Literal["text", "prompt_completion", "chat"] = "text"
+    """What `causal_lm` reads: plain text; a `prompt` and its `completion`; or a list of `messages`, as the tokenizer's
+    chat template writes them. Of the last two only completions and the assistant's words are learnt."""
     packing: Literal["concat", "first_fit_decreasing", "none"] = "concat"
     """`concat`: one stream cut every sequence_length tokens, nothing wasted, documents are cut; `first_fit_decreasing`:
     documents that fit are kept whole, a little padding; `none`: one document a sample, cut or padded."""
@@ -363,6 +383,7 @@ class Recipe(Section):
     data: DataSection
     classification: ClassificationSection = ClassificationSection()
     image: ImageSection = ImageSection()
+    masked_lm: MaskedLanguageModellingSection = MaskedLanguageModellingSection()
     training: TrainingSection
     optimizer: OptimizerSection = OptimizerSection()
     parallel: ParallelSection = ParallelSection()
@@ -377,6 +398,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_its_task(self) -> "Recipe":
         entry = TASKS[self.task]
+        if self.data.format != "text" and self.task != "causal_lm":
+            raise ValueError(f"data.format is for causal_lm; what {self.task} reads is named by the sources' columns")
+        if self.data.format != "text" and self.data.packing not in ("concat", "none"):
+            raise ValueError(f"data.packing is for plain text: with format {self.data.format}, a sample is one example")
         if self.evaluation.generate.prompts and not entry.generates:
             raise ValueError(f"task {self.task} generates no text: leave evaluation.generate.prompts out")
         sizes = self.parallel
@@ -403,3 +428,8 @@ class Recipe(Section):
         if loaded is None and self.tokenizer.train is None:
             raise ValueError("a model from config needs tokenizer.tokenizer_name_or_path or tokenizer.train")
         return self
+
+
+def reads_packed_text(recipe: Recipe) -> bool:
+    """Whether a recipe's samples are rows of packed text; otherwise its task's encoder makes examples."""
+    return TASKS[recipe.task].packed_text and recipe.data.format == "text"

@@ -62,3 +62,24 @@ class ImageSection(Section):
             if not 0 < low <= high <= 1:
                 raise ValueError("random_resized_crop needs 0 < smallest share <= largest share <= 1")
         return self
+
+
+class MaskedLanguageModellingSection(Section):
+    """Of `masked_lm`: which tokens are hidden (BERT, Devlin et al., arXiv 1810.04805), anew in every epoch."""
+
+    mask_probability: float = Field(default=0.15, gt=0, lt=1)
+    """Share of each sample's tokens to predict."""
+    replace_by_mask: float = Field(default=0.8, ge=0, le=1)
+    """Share of those that the mask token replaces."""
+    replace_by_random: float = Field(default=0.1, ge=0, le=1)
+    """Share of those that a random token replaces; the rest stay as they are."""
+    whole_word: bool = False
+    """Hide all tokens of a word or none."""
+    next_sentence: bool = False
+    """Predict besides whether a sample's second part follows its first one, as BERT does."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> "MaskedLanguageModellingSection":
+        if self.replace_by_mask + self.replace_by_random > 1 + 1e-9:
+            raise ValueError("replace_by_mask and replace_by_random together are more than 1")
+        return self

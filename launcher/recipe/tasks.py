@@ -39,6 +39,7 @@ class TaskEntry:
 TASKS = {
     "causal_lm": TaskEntry("launcher.tasks.causal_lm:CausalLanguageModelling", packed_text=True, generates=True),
     "image_classification": TaskEntry("launcher.tasks.image_classification:ImageClassification", tokens=False),
+    "masked_lm": TaskEntry("launcher.tasks.masked_lm:MaskedLanguageModelling", encoder_tokens=True),
     "sequence_classification": TaskEntry(
         "launcher.tasks.sequence_classification:SequenceClassification", encoder_tokens=True
     ),

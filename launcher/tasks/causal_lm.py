@@ -7,32 +7,47 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from launcher.data.examples import ExampleEncoder
 from launcher.models.parallel import cross_entropy_sum
+from launcher.recipe.schema import Recipe, reads_packed_text
 from launcher.tasks.base import Batch, LossOutput, Sample, Task
+from launcher.tasks.conversations import ConversationEncoder
+from launcher.tasks.padding import pad
 
 IGNORED = -100
 """Label of a position that is no target, as in transformers."""
 
 
 class CausalLanguageModelling(Task):
-    """Next-token prediction over packed rows.
+    """Next-token prediction, over packed rows of text or over one conversation a sample.
 
     A row holds several documents. Position ids that restart at each document make transformers build a block-diagonal
-    causal mask (`masking_utils.find_packed_sequence_indices`), so no attention mask travels with the batch.
+    causal mask (`masking_utils.find_packed_sequence_indices`), so no attention mask travels with the batch. A
+    conversation is padded at its end, which nothing before it sees.
     """
 
     auto_class = AutoModelForCausalLM
 
+    @classmethod
+    def encoder(cls, recipe: Recipe) -> ExampleEncoder | None:
+        """Make the encoder of conversations; packed text needs none."""
+        return None if reads_packed_text(recipe) else ConversationEncoder(recipe)
+
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Stack rows to `input_ids`, `labels`, `position_ids`, int64 of shape [samples, sequence_length] each.
+        """Stack samples to `input_ids`, `labels`, `position_ids`, int64 of shape [samples, length] each.
 
         Labels come shifted: `labels[:, t]` is the token after `input_ids[:, t]`, so that the loss needs no copy of
         the logits.
         """
-        batch = {
-            name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
-            for name in ("input_ids", "labels", "position_ids")
-        }
+        if reads_packed_text(self.plan.recipe):
+            names = ("input_ids", "labels", "position_ids")
+            batch = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in names}
+        else:
+            batch = {
+                "input_ids": pad(samples, "input_ids", self.facts["pad_token_id"])["input_ids"],
+                "labels": pad(samples, "labels", IGNORED)["labels"],
+            }
+            batch["position_ids"] = torch.arange(batch["labels"].shape[1]).expand_as(batch["labels"]).contiguous()
         batch["labels"] = torch.cat(
             [batch["labels"][:, 1:], batch["labels"].new_full((len(samples), 1), IGNORED)], dim=1
         )

@@ -16,6 +16,8 @@ from tests.support.ranks import Ranks
 REACHED = [
     ("finetune/text-classification", "eval_accuracy", 0.75, ("training.max_steps=80",)),
     ("finetune/image-classification", "eval_accuracy", 0.8, ()),
+    ("pretrain/masked-language-model", "eval_masked_lm_loss", 5.6, ("training.max_steps=60",)),
+    ("finetune/supervised", "eval_loss", 5.6, ("training.max_steps=50",)),
 ]
 
 
