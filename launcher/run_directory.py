@@ -50,6 +50,16 @@ class RunDirectory:
         return self.path / "run.lock"
 
     @property
+    def save_request(self) -> Path:
+        """Somebody asks for a checkpoint now (JSON); rank 0 removes it when it has answered."""
+        return self.path / "save.request"
+
+    @property
+    def save_answer(self) -> Path:
+        """What became of the last request (JSON)."""
+        return self.path / "save.answer"
+
+    @property
     def data(self) -> Path:
         """Where the prepared data is (JSON: directory, fingerprint)."""
         return self.path / "data.json"

@@ -3,11 +3,13 @@
 step_00001000.incomplete/   being written; no reader looks at it
 step_00001000/              a checkpoint: its manifest was written last, then the folder was renamed
 step_00001000.universal/    the same one, converted so that any layout can load it
+step_00001000.pinned        a person wants it kept
 step_00001000.damaged/      set aside because it did not verify; never deleted by us
 step_00001000.deleting/     being deleted
 latest                      the newest one's name, for people and DeepSpeed's tools; no reader of ours trusts it
 """
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from launcher.checkpoints.faults import reach
 from launcher.checkpoints.files import FileRecord, sync_folder, write_durably
-from launcher.checkpoints.manifest import MANIFEST_NAME, Manifest, RankManifest, write_manifest
+from launcher.checkpoints.manifest import MANIFEST_NAME, Manifest, RankManifest, faults_of, write_manifest
 from launcher.errors import CheckpointError
 
 INCOMPLETE = ".incomplete"
@@ -47,6 +49,11 @@ def complete(checkpoints: Path) -> list[Path]:
     return sorted((path for path in folders if (path / MANIFEST_NAME).is_file()), key=step_of)
 
 
+def newest_of_full_size(checkpoints: Path) -> Path | None:
+    """The newest checkpoint whose files have their sizes: what a resume will use, unless a checksum says otherwise."""
+    return next((folder for folder in reversed(complete(checkpoints)) if not faults_of(folder, contents=False)), None)
+
+
 def universal_of(folder: Path) -> Path:
     """Where the converted form of a checkpoint is kept."""
     return folder.with_name(folder.name + UNIVERSAL)
@@ -54,6 +61,12 @@ def universal_of(folder: Path) -> Path:
 
 def _entries(checkpoints: Path) -> list[Path]:
     return sorted(path for path in checkpoints.iterdir() if path.is_dir()) if checkpoints.is_dir() else []
+
+
+def converted(checkpoints: Path) -> list[Path]:
+    """Folders of converted forms."""
+    names = (path for path in _entries(checkpoints) if path.name.endswith(UNIVERSAL))
+    return [path for path in names if _STEP.fullmatch(path.name.removesuffix(UNIVERSAL))]
 
 
 def write_rank_manifest(incomplete: Path, manifest: RankManifest) -> None:
@@ -151,19 +164,13 @@ def delete(folder: Path, why: str) -> bool:
     except FileNotFoundError:
         return False
     reach(f"{why}.renamed")
-    for path in sorted(target.rglob("*"), reverse=True):
-        _remove(path)
-        reach(f"{why}.file")
+    for place, _, names in os.walk(target):  # unlike `rglob`, it does not mind another process at the same
+        for name in sorted(names, reverse=True):
+            (Path(place) / name).unlink(missing_ok=True)
+            reach(f"{why}.file")
     shutil.rmtree(target, ignore_errors=True)
     reach(f"{why}.done")
     return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def tidy(checkpoints: Path) -> list[str]:
@@ -186,6 +193,10 @@ def tidy(checkpoints: Path) -> list[str]:
             delete(path, "tidy")
             done.append(f"removed {path.name}, left by an interrupted save")
         elif path.name.endswith(DELETING):
+            delete(path, "tidy")
+    for path in converted(checkpoints):
+        parent = path.with_name(path.name.removesuffix(UNIVERSAL))
+        if not parent.exists() and not any(checkpoints.glob(f"{parent.name}{DAMAGED}*")):
             delete(path, "tidy")
     for path in checkpoints.glob(".*.tmp"):
         path.unlink(missing_ok=True)

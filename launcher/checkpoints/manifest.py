@@ -10,7 +10,7 @@ from xxhash import xxh3_128_hexdigest
 
 from launcher.checkpoints.files import FileRecord, damages, write_durably
 from launcher.errors import CheckpointError
-from launcher.planning.layout import Layout
+from launcher.planning.layout import BatchPlan, Layout
 from launcher.recipe.schema import Recipe
 
 MANIFEST_NAME = "manifest.json"
@@ -29,7 +29,9 @@ class Manifest(BaseModel):
         step: optimizer steps completed.
         consumed_samples: samples of the global order already trained on.
         layout: sizes of the parallel groups that saved it.
+        batch: of the run, whose global size a resumed run keeps.
         zero_stage: of the engine that saved it.
+        partitioning: other settings of DeepSpeed on which it depends which rank holds what.
         precision: of the engine that saved it.
         data_fingerprint: of the prepared data.
         recipe: the run's recipe at that time.
@@ -41,6 +43,7 @@ class Manifest(BaseModel):
         versions: of the libraries that wrote it, by name.
         saved_at: Unix time.
         reason: why it was saved: `interval`, `end`, `stop`, `request`, `convert`.
+        source: checksum of the manifest that this one was converted from; `None` for what the engine saved.
         files: every file of the folder but this one, by path relative to it.
     """
 
@@ -51,7 +54,9 @@ class Manifest(BaseModel):
     step: int
     consumed_samples: int
     layout: Layout
+    batch: BatchPlan
     zero_stage: int
+    partitioning: dict[str, Any] = {}
     precision: str
     data_fingerprint: str
     recipe: Recipe
@@ -63,6 +68,7 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     saved_at: float
     reason: str
+    source: str | None = None
     files: dict[str, FileRecord]
 
     @property
@@ -119,6 +125,11 @@ def _refuse_other_version(folder: Path, content: bytes) -> None:
             f"{'a newer' if newer else 'an older'} ZeroFleet wrote it; resume with that one, or start a new run with "
             "--run-dir"
         )
+
+
+def manifest_hash(folder: Path) -> str:
+    """Checksum of a checkpoint's manifest, and so of the whole checkpoint."""
+    return xxh3_128_hexdigest((folder / MANIFEST_NAME).read_bytes())
 
 
 def faults_of(folder: Path, *, contents: bool, share: tuple[int, int] = (0, 1)) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cluster.errors import ExpectedError
+from launcher.cli.checkpoint import checkpoint
 from launcher.cli.jobs import cancel, jobs, status
 from launcher.cli.logs import attach, logs
 from launcher.cli.plan import plan
@@ -45,6 +46,7 @@ app.command()(export)
 app.command()(tensorboard)
 app.add_typer(recipes, name="recipes")
 app.add_typer(profile, name="profile")
+app.add_typer(checkpoint, name="checkpoint")
 app.command()(schema)
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from cluster.types import STOP_FILE_VARIABLE
 from launcher.checkpoints import folders
-from launcher.checkpoints.manifest import faults_of, read_manifest
-from launcher.checkpoints.resumable import check_resumable, recipe_changes
+from launcher.checkpoints.manifest import read_manifest
+from launcher.checkpoints.resumable import check_resumable, recipe_changes, with_batch_of
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
 from launcher.orchestration.failure import FailureKind
 from launcher.orchestration.observers import JobObserver, Notices, Observer
@@ -75,7 +75,7 @@ def drive(
     Raises:
         ExpectedError: what a person must change; `TrainingError` holds the failing rank's traceback.
     """
-    plan = read_plan(run_directory)
+    plan = _keep_batch(read_plan(run_directory), run_directory, observer)
     started = time.time()
 
     def on_event(state: RunState, facts: dict[str, Any]) -> None:
@@ -130,6 +130,23 @@ def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any
     return prepared
 
 
+def _keep_batch(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Plan:
+    """Let a run that resumes on another number of workers keep its global batch; the workers read the plan anew."""
+    newest = folders.newest_of_full_size(run_directory.checkpoints)
+    if newest is None:
+        return plan
+    kept = with_batch_of(read_manifest(newest), plan)
+    if kept is not plan:
+        write_atomically(run_directory.plan, kept.model_dump_json(indent=1))
+        write_atomically(run_directory.deepspeed, json.dumps(kept.deepspeed_config, indent=2) + "\n")
+        observer.message(
+            f"keeping the checkpoint's global batch of {kept.batch.global_batch_size} samples: micro batch "
+            f"{kept.batch.micro_batch_size} x accumulation {kept.batch.gradient_accumulation_steps} x data-parallel "
+            f"{kept.layout.data_parallel_size}"
+        )
+    return kept
+
+
 def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str, observer: Observer) -> None:
     """Before any worker starts: tidy up after interrupted saves, refuse a checkpoint of another recipe.
 
@@ -137,11 +154,12 @@ def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str,
     """
     for note in folders.tidy(run_directory.checkpoints):
         observer.message(note)
-    for folder in reversed(folders.complete(run_directory.checkpoints)):
-        if not faults_of(folder, contents=False):
-            check_resumable(read_manifest(folder), plan, fingerprint, folder)
-            observer.message(f"resuming from {folder.name}")
-            return
+    folder = folders.newest_of_full_size(run_directory.checkpoints)
+    if folder is not None:
+        resumption = check_resumable(read_manifest(folder), plan, fingerprint, folder)
+        observer.message(f"resuming from {folder.name}")
+        if resumption.differences:
+            observer.message(f"it will be converted: {'; '.join(resumption.differences)}")
 
 
 def connect(check_alive: Callable[[], None]) -> None:

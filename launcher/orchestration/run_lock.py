@@ -98,6 +98,19 @@ def holding(run_directory: RunDirectory) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_held(run_directory: RunDirectory) -> bool:
+    """Whether a run is at work in a directory, as far as can be known from here."""
+    try:
+        descriptor = os.open(run_directory.lock, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        holder = _read(descriptor)
+    finally:
+        os.close(descriptor)
+    return holder is not None and holder.is_gone is not True
+
+
 def _take(path: Path, descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -185,6 +185,9 @@ class DataSection(Section):
     not in their context): they are left out and counted; more of them is an error."""
     preprocessing_num_workers: int | None = Field(default=None, ge=1)
     """Threads that tokenise; default: the number of cores."""
+    on_change: Literal["error", "continue", "restart"] = "error"
+    """When a run resumes and the data is not what it was: refuse; go on at the same position of the new data's order;
+    or begin the new data from its start, with the model and the schedule as they are."""
     cache_directory: str | None = None
     """Where prepared data is kept, on a file system that all nodes see; default: `$ZEROFLEET_CACHE` or
     `~/.cache/zerofleet`."""
@@ -316,9 +319,16 @@ class CheckpointSection(Section):
     """When the state is saved, and how much of it is kept."""
 
     save_steps: int | None = Field(default=None, ge=1)
-    """Save every so many steps; the last step is saved in any case."""
+    """Save every so many steps; the last step is saved in any case, and the step at which a signal arrives."""
+    save_minutes: float | None = Field(default=None, gt=0)
+    """Save when so many minutes have passed since the last save, besides save_steps."""
     save_total_limit: int | None = Field(default=2, ge=1)
     """Keep the newest so many; null keeps all."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Keep, besides them, every checkpoint whose step is a multiple of this."""
+    keep_best: int = Field(default=0, ge=0)
+    """Keep, besides them, so many of the lowest validation loss; only steps that are evaluated and saved can be among
+    them."""
     verify: Literal["size", "full"] = "full"
     """What is compared before a checkpoint is trusted: the files' sizes, or their checksums too."""
     max_failed_saves: int = Field(default=3, ge=0)

@@ -1,7 +1,7 @@
 """Saving and loading a run's checkpoints, by all ranks together."""
 
+import os
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,16 +13,20 @@ from typing import Any
 import torch.distributed as dist
 
 from launcher.checkpoints import folders
-from launcher.checkpoints.faults import reach
-from launcher.checkpoints.manifest import Manifest, RankManifest, faults_of, read_manifest
-from launcher.checkpoints.resumable import check_resumable
+from launcher.checkpoints.files import FileRecord
+from launcher.checkpoints.manifest import Manifest, faults_of, manifest_hash, read_manifest
+from launcher.checkpoints.resumable import check_resumable, partitioning_of
+from launcher.checkpoints.retention import prune
 from launcher.errors import CheckpointError, StorageError
 from launcher.planning.plan import Plan
 from launcher.recipe.loading import recipe_hash
 from launcher.training import upstream
 from launcher.training.checkpoint_files import CheckpointFiles
+from launcher.training.collective_folder import CollectiveFolder, attempted
 from launcher.training.distributed import all_gather, broadcast
 from launcher.training.shared_directory import check_shared
+from launcher.training.universal import convert
+from launcher.training.universal_load import load_universal
 
 WRITERS = ("zerofleet", "torch", "deepspeed", "transformers")
 
@@ -84,53 +88,32 @@ class CheckpointManager:
         Raises:
             StorageError: more saves in a row failed than `checkpoint.max_failed_saves`, or one that must not fail.
         """
-        self._saves += 1
-        incomplete = self.directory / (folders.folder_name(progress.step) + folders.INCOMPLETE)
-        token = f"{self._attempt}.{self._saves}"
-        errors = self._write(engine, incomplete, token)
+        folder = self._new_folder(progress.step)
+        engine.checkpoint_engine = self.files
+        upstream.leave_out_recovery_scripts(engine)
+        errors = folder.make()
         if not errors:
-            errors = self._commit(incomplete, token, progress, reason)
+            self.files.begin(folder.incomplete)
+            state = {"parameter_names": parameter_names(engine)}
+            engine.save_checkpoint(
+                str(self.directory), tag=folder.incomplete.name, client_state=state, save_latest=False
+            )
+            errors = folder.record(self.files.records, self.files.errors)
+        errors = errors or folder.commit(self._manifest(progress, reason))
         if not errors:
             self.failed_saves = 0
+            if self.rank == 0:
+                folders.point_to(self.directory / folders.folder_name(progress.step))
+                prune(self.directory, self.plan.recipe.checkpoint)
             return True
-        if self.rank == 0:
-            folders.delete(incomplete, "fail")
+        folder.abandon()
         self._fail(progress.step, errors, final=reason in ("end", "stop"))
         return False
 
-    def _write(self, engine: Any, incomplete: Path, token: str) -> list[str]:
-        """Write every rank's part; returns what went wrong on any rank, the same on all."""
-        engine.checkpoint_engine = self.files
-        upstream.leave_out_recovery_scripts(engine)
-        errors = broadcast(lambda: _attempted(lambda: _make_empty(incomplete)))
-        if errors:
-            return errors
-        self.files.begin(incomplete)
-        engine.save_checkpoint(str(self.directory), tag=incomplete.name, client_state={}, save_latest=False)
-        part = RankManifest(rank=self.rank, token=token, files=self.files.records)
-        errors = self.files.errors or _attempted(lambda: folders.write_rank_manifest(incomplete, part))
-        return [
-            f"rank {rank} on {host}: {text}"
-            for rank, (host, texts) in enumerate(all_gather((socket.gethostname(), errors)))
-            for text in texts
-        ]
-
-    def _commit(self, incomplete: Path, token: str, progress: Progress, reason: str) -> list[str]:
-        """Rank 0 makes the checkpoint visible; the others wait for it."""
-
-        def commit() -> None:
-            parts = {}
-            for rank in range(self.world_size):
-                part = folders.read_rank_manifest(incomplete, rank, token)
-                if part is None:
-                    raise CheckpointError(f"rank {rank} wrote its part where rank 0 does not see it: {incomplete}")
-                parts[rank] = part
-            folders.point_to(folders.commit(incomplete, self._manifest(progress, reason), parts))
-
-        errors = broadcast(lambda: _attempted(commit))
-        if not errors and self.rank == 0:
-            self.prune()
-        return errors
+    def _new_folder(self, step: int, suffix: str = "") -> CollectiveFolder:
+        self._saves += 1
+        name = folders.folder_name(step) + suffix + folders.INCOMPLETE
+        return CollectiveFolder(self.directory / name, f"{self._attempt}.{self._saves}")
 
     def _fail(self, step: int, errors: list[str], *, final: bool) -> None:
         self.failed_saves += 1
@@ -156,19 +139,59 @@ class CheckpointManager:
         if folder is None:
             return Progress()
         manifest = read_manifest(folder)
-        check_resumable(manifest, self.plan, self.data_fingerprint, folder)
+        resumption = check_resumable(manifest, self.plan, self.data_fingerprint, folder)
         engine.checkpoint_engine = self.files
-        engine.load_checkpoint(str(self.directory), tag=folder.name)
+        if resumption.differences:
+            load_universal(engine, self._converted(folder, manifest), self.plan.zero_stage)
+        else:
+            engine.load_checkpoint(str(self.directory), tag=folder.name)
+        from_the_start = resumption.data_changed and self.plan.recipe.data.on_change == "restart"
         return Progress(
             step=manifest.step,
-            consumed_samples=manifest.consumed_samples,
+            consumed_samples=0 if from_the_start else manifest.consumed_samples,
             best_eval_loss=manifest.best_eval_loss,
             evaluations_without_improvement=manifest.evaluations_without_improvement,
         )
 
+    def _converted(self, folder: Path, manifest: Manifest) -> Path:
+        """The checkpoint's universal form, from the cache beside it or made now by all ranks together.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        cached = folders.universal_of(folder)
+        source = manifest_hash(folder)
+        if broadcast(lambda: _is_converted(cached, source)):
+            if not self._faults(cached):
+                return cached
+            broadcast(lambda: folders.delete(cached, "cache"))
+        began = time.monotonic()
+        self._tell(f"converting {folder.name} ({_size(manifest.size)}) for this layout")
+        target = self._new_folder(manifest.step, folders.UNIVERSAL)
+        errors = target.make()
+        if not errors:
+            records: dict[str, FileRecord] = {}
+            threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            wrong = attempted(
+                lambda: records.update(
+                    convert(folder, manifest, target.incomplete, self.rank, self.world_size, threads)
+                )
+            )
+            errors = target.record(records, wrong)
+        facts = {"kind": "universal", "source": source, "reason": "convert", "saved_at": time.time()}
+        errors = errors or target.commit(manifest.model_copy(update=facts))
+        if errors:
+            target.abandon()
+            raise StorageError(
+                f"{folder} cannot be converted for this layout ({_free_space(self.directory)} free there): "
+                + "; ".join(errors)
+            )
+        size = _size(read_manifest(cached).size)
+        self._tell(f"converted in {time.monotonic() - began:.1f} s; {cached.name} has {size}")
+        return cached
+
     def _newest_verified(self) -> Path | None:
         """The newest checkpoint whose files all ranks together found whole; the bad ones before it are set aside."""
-        contents = self.plan.recipe.checkpoint.verify == "full"
         set_aside = []
         for note in broadcast(lambda: folders.tidy(self.directory)):
             self._tell(note)
@@ -177,8 +200,7 @@ class CheckpointManager:
             if name is None:
                 break
             folder = self.directory / name
-            faults = all_gather(faults_of(folder, contents=contents, share=(self.rank, self.world_size)))
-            wrong = sorted({fault for part in faults for fault in part})
+            wrong = self._faults(folder)
             if not wrong:
                 return folder
             moved = str(broadcast(partial(folders.set_aside, folder)))
@@ -191,17 +213,15 @@ class CheckpointManager:
             )
         return None
 
+    def _faults(self, folder: Path) -> list[str]:
+        """What is wrong with a folder, each rank looking at a part of it."""
+        contents = self.plan.recipe.checkpoint.verify == "full"
+        parts = all_gather(faults_of(folder, contents=contents, share=(self.rank, self.world_size)))
+        return sorted({fault for part in parts for fault in part})
+
     def _tell(self, text: str) -> None:
         if self.rank == 0:
             self.notify(text)
-
-    def prune(self) -> None:
-        """Delete the oldest complete checkpoints beyond `checkpoint.save_total_limit`; for one process."""
-        limit = self.plan.recipe.checkpoint.save_total_limit
-        if limit is None:
-            return
-        for folder in folders.complete(self.directory)[:-limit]:
-            folders.delete(folder, "prune")
 
     def _manifest(self, progress: Progress, reason: str) -> Manifest:
         recipe = self.plan.recipe
@@ -209,6 +229,8 @@ class CheckpointManager:
             step=progress.step,
             consumed_samples=progress.consumed_samples,
             layout=self.plan.layout,
+            batch=self.plan.batch,
+            partitioning=partitioning_of(self.plan.deepspeed_config),
             zero_stage=self.plan.zero_stage,
             precision=recipe.training.precision,
             data_fingerprint=self.data_fingerprint,
@@ -225,29 +247,30 @@ class CheckpointManager:
         )
 
 
-def _make_empty(folder: Path) -> None:
-    reach("folder.begins")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
-    reach("folder.made")
-
-
 def _newest_name(checkpoints: Path) -> str | None:
     present = folders.complete(checkpoints)
     return present[-1].name if present else None
 
 
-def _attempted(action: Callable[[], object]) -> list[str]:
-    """Do it; what the disk or the checkpoint has against it becomes text that can be told to the other ranks."""
+def _is_converted(cached: Path, source: str) -> bool:
+    """Whether the cache was made from this very checkpoint; whether its files are whole is another question."""
     try:
-        action()
-    except OSError as error:
-        return [f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")]
-    except CheckpointError as error:
-        return [str(error)]
-    return []
+        return read_manifest(cached).source == source
+    except CheckpointError:
+        return False
+
+
+def parameter_names(engine: Any) -> list[list[str]]:
+    """Names of the trained parameters, group by group, in the order in which ZeRO 0's optimizer numbers its states."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    return [
+        [names[parameter] for parameter in group["params"] if parameter in names]
+        for group in engine.optimizer.param_groups
+    ]
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _free_space(folder: Path) -> str:

@@ -34,19 +34,19 @@ def join_process_group(device: str, local_rank: int) -> torch.device:
 class Agreement:
     """One small all-reduce a step, started before the forward pass and read before the first backward pass.
 
-    It carries how many targets the global batch holds (the loss is divided by it) and whether any rank was asked to
-    stop (so that all ranks end at the same step).
+    It carries how many targets the global batch holds (the loss is divided by it), whether any rank was asked to stop
+    and whether rank 0 wants a checkpoint (so that all ranks end and save at the same step).
     """
 
-    def __init__(self, num_targets: int, stop: bool, device: torch.device) -> None:
-        self._values = torch.tensor([num_targets, int(stop)], dtype=torch.int64, device=device)
+    def __init__(self, num_targets: int, *, stop: bool, save: bool, device: torch.device) -> None:
+        self._values = torch.tensor([num_targets, int(stop), int(save)], dtype=torch.int64, device=device)
         self._work: Any = dist.all_reduce(self._values, async_op=True)
 
-    def read(self) -> tuple[int, bool]:
-        """Wait for the result: (targets of the global batch, whether to stop after this step)."""
+    def read(self) -> tuple[int, bool, bool]:
+        """Wait for the result: (targets of the global batch, whether to stop and whether to save after this step)."""
         self._work.wait()
-        num_targets, stop = self._values.tolist()
-        return int(num_targets), bool(stop)
+        num_targets, stop, save = self._values.tolist()
+        return int(num_targets), bool(stop), bool(save)
 
 
 def sum_over_ranks(*values: float, device: torch.device) -> list[float]:

@@ -24,6 +24,7 @@ from launcher.training.export import export_checkpoint
 from launcher.training.measuring import measure, write_evaluation
 from launcher.training.monitor import Monitor, Throughput, memory_bytes
 from launcher.training.passes import Passes, StepOutcome, counts, make_passes, own_part
+from launcher.training.save_triggers import SaveTriggers
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Session:
     place: Coordinates
     passes: Passes
     collate: Collate
+    triggers: SaveTriggers | None
 
 
 def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: torch.device) -> TrainResult:
@@ -130,6 +132,7 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
         place=plan.layout.coordinates(context.rank),
         passes=make_passes(plan, engine, task, device, heartbeat),
         collate=own_part(task.collate, plan.layout, plan.layout.coordinates(context.rank)),
+        triggers=SaveTriggers(context.run_directory, plan.recipe.checkpoint) if context.rank == 0 else None,
     )
 
 
@@ -163,7 +166,12 @@ def train_step(session: Session, step_batch: StepBatch) -> StepOutcome:
     # Ranks of one sequence hold different targets; ranks of one tensor or pipeline group hold the same.
     own_targets = place.tensor == 0 and place.pipeline == 0
     targets = sum(map(session.task.num_targets, step_batch.micro_batches)) if own_targets else 0
-    agreement = Agreement(targets, context.stop.is_set(), session.device)
+    agreement = Agreement(
+        targets,
+        stop=context.stop.is_set(),
+        save=session.triggers is not None and session.triggers.due(),
+        device=session.device,
+    )
     return session.passes.train(step_batch.micro_batches, agreement)
 
 
@@ -187,8 +195,11 @@ def _after_step(
     reason = _reason_to_save(session, outcome)
     if reason is not None:
         session.context.heartbeat.enter(Phase.SAVE)
-        if session.checkpoints.save(session.engine, progress, reason):
+        saved = session.checkpoints.save(session.engine, progress, reason)
+        if saved:
             session.context.heartbeat.saved(progress.step)
+        if session.triggers is not None:
+            session.triggers.ended(progress.step, saved=saved)
 
 
 def _reason_to_save(session: Session, outcome: StepOutcome) -> str | None:
@@ -197,6 +208,8 @@ def _reason_to_save(session: Session, outcome: StepOutcome) -> str | None:
         return "end"
     if outcome.stop:
         return "stop"
+    if outcome.save:  # the ranks that do not know why are not asked: rank 0 writes the manifest
+        return session.triggers.reason if session.triggers is not None else "interval"
     return "interval" if save_steps is not None and session.progress.step % save_steps == 0 else None
 
 

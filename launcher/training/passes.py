@@ -28,12 +28,14 @@ class StepOutcome:
         num_targets: of the global batch.
         grad_norm: over all parameters, before clipping.
         stop: some rank was asked to stop after this step.
+        save: rank 0 wants a checkpoint after this step.
     """
 
     loss_sum: torch.Tensor
     num_targets: int
     grad_norm: float | None
     stop: bool
+    save: bool
 
 
 class Passes(Protocol):
@@ -63,12 +65,12 @@ class DirectPasses:
         """Forward and backward for each micro batch; the last one ends with the optimizer's step."""
         plan, engine, heartbeat = self.plan, self.engine, self.heartbeat
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        num_targets, stop, grad_norm = 0, False, None
+        num_targets, stop, save, grad_norm = 0, False, False, None
         for index, host_batch in enumerate(micro_batches):
             heartbeat.enter(Phase.FORWARD)
             output = self.task.loss(engine, to_device(host_batch, self.device))
             if index == 0:
-                num_targets, stop = agreement.read()
+                num_targets, stop, save = agreement.read()
             heartbeat.enter(Phase.BACKWARD)
             engine.backward(output.loss_sum * (self._ranks / max(num_targets, 1)), scale_wrt_gas=False)
             heartbeat.enter(Phase.OPTIMIZER)
@@ -77,7 +79,7 @@ class DirectPasses:
             else:
                 engine.step()
             loss_sum += output.loss_sum.detach()
-        return StepOutcome(loss_sum, num_targets, grad_norm, stop)
+        return StepOutcome(loss_sum, num_targets, grad_norm, stop, save)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:

@@ -114,16 +114,55 @@ def loading_only_data() -> Iterator[None]:
     DeepSpeed reads its files with `weights_only=False`, which runs whatever a file says
     (`runtime/checkpoint_engine/torch_checkpoint_engine.py: load`, `checkpoint/universal_checkpoint.py`).
     """
+    # Not torch's `safe_globals` block: within another one, its end would forbid the classes to the outer one too.
+    torch.serialization.add_safe_globals(_checkpoint_classes())
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals(_checkpoint_classes()):
-            yield
+        yield
     finally:
         if before is None:
             del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         else:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+@contextmanager
+def loading_universal(engine: Any) -> Iterator[None]:
+    """Let `engine.load_checkpoint` read the universal form, as data only and through the memory map.
+
+    DeepSpeed reads the form with `torch.load` itself, every file whole on every rank
+    (`runtime/zero/stage3.py: load_hp_checkpoint_state_from_checkpoint_dir_stage3`); mapped, a rank reads its part.
+    """
+    from torch.utils.serialization import config
+
+    engine._config.load_universal_checkpoint = True
+    mapped, config.load.mmap = config.load.mmap, True
+    try:
+        with loading_only_data():
+            yield
+    finally:
+        engine._config.load_universal_checkpoint = False
+        config.load.mmap = mapped
+
+
+def mend_optimizer_after_universal_load(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Set right what the universal load of the pinned DeepSpeed leaves wrong in PyTorch's optimizer.
+
+    ZeRO 3 gives every group the options of the first one, so that biases and norms would be decayed, and gives all flat
+    tensors one and the same step counter, which PyTorch's fused Adam then raises once for each of them
+    (`runtime/zero/stage3.py: load_hp_checkpoint_state_from_checkpoint_dir_stage3`). All stages leave the counter on the
+    device that wrote it.
+
+    Args:
+        optimizer: inside DeepSpeed's.
+        groups: the options that were saved, by group.
+    """
+    for group, options in zip(optimizer.param_groups, groups, strict=True):
+        group.update({key: value for key, value in options.items() if key != "params"})
+    for parameter, state in optimizer.state.items():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone().to(parameter.device)
 
 
 def _checkpoint_classes() -> list[Any]:

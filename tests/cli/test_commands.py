@@ -71,7 +71,7 @@ def test_help_names_every_verb(zerofleet):
     listed = [line.split()[0] for line in outcome.out.partition("Commands:")[2].splitlines() if line.strip()]
     assert listed == [
         *("run", "submit", "jobs", "status", "logs", "attach", "cancel", "sweep"),
-        *("plan", "prepare", "export", "tensorboard", "schema", "recipes", "profile"),
+        *("plan", "prepare", "export", "tensorboard", "schema", "recipes", "profile", "checkpoint"),
     ]
     for verb in listed:
         assert zerofleet(verb, "--help").code == 0

@@ -1,5 +1,6 @@
 """What the ranks of `ranks.py` can be asked to do; runs in their processes."""
 
+import ctypes
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -23,13 +24,17 @@ def _context(run_directory: str) -> WorkerContext:
 
 
 def run(run_directory: str, data: str, stop_after: int | None = None) -> dict[str, Any]:
-    """Train the plan in a run directory; `stop_after` asks to stop during that step's successor."""
+    """Train the plan in a run directory; `stop_after` asks to stop during that step's successor.
+
+    The result has the rank's notices besides.
+    """
     plan = Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
     context = _context(run_directory)
     if stop_after is not None:
         _stop_at(context, stop_after)
     try:
-        return asdict(train(plan, context, PreparedData.load(Path(data)), torch.device("cpu")))
+        result = train(plan, context, PreparedData.load(Path(data)), torch.device("cpu"))
+        return {**asdict(result), "notices": context.heartbeat.read().notices}
     finally:
         forget_groups()
 
@@ -54,6 +59,27 @@ def _stop_at(context: WorkerContext, step: int) -> None:
         enter(phase)
 
     heartbeat.enter = watching  # type: ignore[method-assign]
+
+
+def run_hidden(run_directory: str, data: str, rank: int, folder: str) -> dict[str, Any]:
+    """Train, but one rank sees an empty disk of its own in the place of a folder, as a node without the mount would."""
+    if int(os.environ["RANK"]) == rank:
+        hide(folder)
+    return run(run_directory, data)
+
+
+def hide(folder: str) -> None:
+    """Mount an empty tmpfs over a folder, for this process alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    private, recursive, new_mounts = 1 << 18, 1 << 14, 0x20000
+    calls = (
+        lambda: libc.unshare(new_mounts),
+        lambda: libc.mount(b"none", b"/", None, private | recursive, None),
+        lambda: libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=1m"),
+    )
+    for call in calls:
+        if call() != 0:
+            raise OSError(ctypes.get_errno(), "cannot mount")
 
 
 def logits(run_directory: str, data: str, input_ids: list[list[int]]) -> list[Any]:

@@ -1,0 +1,138 @@
+"""Whether and how a plan continues from a checkpoint: decided from the two records alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.checkpoints.manifest import Manifest
+from launcher.checkpoints.resumable import Resumption, check_resumable, with_batch_of
+from launcher.errors import CheckpointError, PlanError
+from launcher.planning.layout import Layout, Resources
+from launcher.planning.plan import Plan, make_plan
+from launcher.recipe.schema import Recipe
+from tests.checkpoints.conftest import RECIPE, manifest_of
+
+FINGERPRINT = "f" * 32
+FOLDER = Path("runs/tiny/checkpoints/step_00000004")
+
+
+def recipe_with(**sections: dict[str, Any]) -> Recipe:
+    fields = RECIPE.model_dump(mode="json")
+    return Recipe.model_validate({**fields, **{name: {**fields[name], **change} for name, change in sections.items()}})
+
+
+def plan_with(workers: int = 2, **sections: dict[str, Any]) -> Plan:
+    defaults: dict[str, dict[str, Any]] = {
+        "training": {"global_batch_size": 8, "precision": "fp32"},
+        "zero": {"stage": 2},
+        "model": {"config": MODEL},
+    }
+    for name, change in sections.items():
+        defaults[name] = {**defaults.get(name, {}), **change}
+    return make_plan(recipe_with(**defaults), Resources(workers_per_node=workers))
+
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def saved_with(workers: int = 2, **facts: Any) -> Manifest:
+    plan = plan_with(workers)
+    manifest = manifest_of(4, layout=plan.layout, batch=plan.batch, zero_stage=plan.zero_stage, recipe=plan.recipe)
+    return manifest.model_copy(update=facts)
+
+
+def decide(manifest: Manifest, plan: Plan, fingerprint: str = FINGERPRINT) -> Resumption:
+    return check_resumable(manifest, plan, fingerprint, FOLDER)
+
+
+def test_the_same_plan_loads_the_files_as_they_are() -> None:
+    assert decide(saved_with(), plan_with()) == Resumption((), data_changed=False)
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers", "differences"),
+    [
+        (1, 2, ()),
+        (3, 2, ("zero.stage: 2 in the checkpoint, 3 now",)),
+        (2, 4, ("world_size: 2 in the checkpoint, 4 now", "data_parallel_size: 2 in the checkpoint, 4 now")),
+    ],
+)
+def test_another_layout_is_converted_and_why_is_said(stage: int, workers: int, differences: tuple[str, ...]) -> None:
+    assert decide(saved_with(), plan_with(workers, zero={"stage": stage})).differences == differences
+
+
+def test_offload_moves_states_and_is_converted() -> None:
+    plan = plan_with(zero={"stage": 2, "offload_optimizer": "cpu"})
+    assert decide(saved_with(), plan).differences == (
+        "zero_optimization.offload_optimizer: None in the checkpoint, cpu now",
+    )
+
+
+def test_stage_0_of_any_size_needs_no_conversion() -> None:
+    assert decide(saved_with(zero_stage=0), plan_with(4, zero={"stage": 0})).differences == ()
+
+
+def refusal(manifest: Manifest, plan: Plan, fingerprint: str = FINGERPRINT) -> str:
+    with pytest.raises(CheckpointError) as error:
+        decide(manifest, plan, fingerprint)
+    return str(error.value)
+
+
+def test_what_cannot_be_converted_is_refused_with_every_reason() -> None:
+    layout = Layout(world_size=4, data_parallel_size=2, tensor_parallel_size=2)
+    text = refusal(saved_with(layout=layout, precision="bf16"), plan_with())
+    assert str(FOLDER) in text
+    assert "training.precision: bf16 in the checkpoint, fp32 now" in text
+    assert "parallel.tensor_parallel_size: 2 in the checkpoint, 1 now" in text
+    assert "Run with the checkpoint's values, or start a new run with --run-dir." in text
+
+
+def test_16_bit_states_of_stage_0_are_refused() -> None:
+    plan = plan_with(training={"precision": "bf16"})
+    text = refusal(saved_with(precision="bf16", zero_stage=0), plan)
+    assert "zero.stage: 0 in the checkpoint, 2 now" in text
+    assert "in bf16, DeepSpeed keeps the optimizer of ZeRO stage 0 in a form of its own" in text
+
+
+def test_another_model_is_refused_whatever_the_recipe_says_of_data() -> None:
+    plan = plan_with(model={"config": {**MODEL, "hidden_size": 64}}, data={"on_change": "continue"})
+    text = refusal(saved_with(), plan)
+    assert "model.config.hidden_size: 32 in the checkpoint, 64 in the recipe" in text
+    assert "data.on_change" not in text
+
+
+@pytest.mark.parametrize("change", [{}, {"sequence_length": 16}])
+def test_other_data_is_refused_unless_the_recipe_allows_it(change: dict[str, Any]) -> None:
+    text = refusal(saved_with(), plan_with(data=change), "0" * 32)
+    assert ("sequence_length: 32 in the checkpoint, 16" if change else "contents are not those of the") in text
+    assert "set data.on_change: continue (from the same position) or restart (from its beginning)" in text
+    for allowed in ("continue", "restart"):
+        resumption = decide(saved_with(), plan_with(data={**change, "on_change": allowed}), "0" * 32)
+        assert resumption == Resumption((), data_changed=True)
+
+
+def test_the_global_batch_is_kept_by_accumulation() -> None:
+    """The recipe says micro batch and accumulation: on other workers that is another global batch."""
+    sizes = {"global_batch_size": None, "micro_batch_size": 2, "gradient_accumulation_steps": 3}
+    saved = plan_with(2, training=sizes)
+    manifest = manifest_of(4, layout=saved.layout, batch=saved.batch, recipe=saved.recipe)
+    for workers, micro, accumulation in [(1, 2, 6), (3, 2, 2), (4, 1, 3), (6, 2, 1), (12, 1, 1)]:
+        batch = with_batch_of(manifest, plan_with(workers, training=sizes)).batch
+        assert (batch.micro_batch_size, batch.gradient_accumulation_steps) == (micro, accumulation)
+        assert batch.global_batch_size == 12
+    with pytest.raises(
+        PlanError, match=r"5 workers cannot keep global_batch_size 12; sizes that can: 1, 2, 3, 4, 6, 12"
+    ):
+        with_batch_of(manifest, plan_with(5, training=sizes))
+
+
+def test_a_batch_that_the_recipe_changed_is_meant() -> None:
+    plan = plan_with(training={"global_batch_size": 16})
+    assert with_batch_of(saved_with(), plan) is plan

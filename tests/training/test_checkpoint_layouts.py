@@ -1,0 +1,121 @@
+"""Saved in one layout and resumed in another: the losses and samples of the run that nobody interrupted."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.checkpoints import folders
+from launcher.data.store import PreparedData
+from launcher.planning.layout import Resources
+from launcher.planning.plan import make_plan
+from launcher.recipe.loading import load_recipe
+from launcher.run_directory import RunDirectory, read_json_lines
+from launcher.submit import write_run
+from tests.support.forked import ForkServer
+
+pytestmark = pytest.mark.distributed
+
+SETTINGS = (
+    "max_steps=15",
+    "micro_batch_size=1",
+    "gradient_accumulation_steps=null",
+    "global_batch_size=12",
+    "eval_steps=1000",
+    "save_total_limit=null",
+)
+SAVED_AT = 5
+TOLERANCE = 2e-6
+
+
+def losses(directory: RunDirectory) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_json_lines(directory.metrics) if "loss" in r}
+
+
+def samples(directory: RunDirectory) -> Counter[tuple[int, ...]]:
+    """How often each sample was trained on; of a step that was made twice the last time."""
+    by_step: dict[tuple[str, int], list[Any]] = {}
+    for path in directory.logs.glob("samples_*.jsonl"):
+        for record in read_json_lines(path):
+            by_step[path.name, record["step"]] = record["sample_ids"]
+    return Counter(tuple(sample) for ids in by_step.values() for sample in ids)
+
+
+class Runs:
+    """Starts runs of the tiny recipe in any layout, and keeps the checkpoints of those that are asked for twice."""
+
+    def __init__(self, folder: Path, fork_server: ForkServer, recipe: Path, data: Path) -> None:
+        self.folder, self.fork_server, self.recipe, self.data = folder, fork_server, recipe, data
+        self._saved: dict[tuple[Any, ...], RunDirectory] = {}
+
+    def plan(self, directory: RunDirectory, workers: int, stage: int, *overrides: str) -> None:
+        recipe = load_recipe(self.recipe, [*SETTINGS, f"zero.stage={stage}", *overrides])
+        write_run(directory, make_plan(recipe, Resources(workers_per_node=workers)))
+
+    def train(
+        self, directory: RunDirectory, workers: int, stage: int, *overrides: str, until: int | None = None
+    ) -> Any:
+        self.plan(directory, workers, stage, *overrides)
+        return self.fork_server.results(
+            workers, "cases:run", run_directory=str(directory.path), data=str(self.data), stop_after=until
+        )
+
+    def saved(self, workers: int, stage: int, *overrides: str) -> RunDirectory:
+        """A run that was stopped after some steps; to be copied."""
+        key = (workers, stage, *overrides)
+        if key not in self._saved:
+            directory = RunDirectory.at(self.folder / f"saved-{len(self._saved)}")
+            self.train(directory, workers, stage, *overrides, until=SAVED_AT - 1)
+            assert folders.step_of(folders.complete(directory.checkpoints)[-1]) == SAVED_AT
+            self._saved[key] = directory
+        return self._saved[key]
+
+    def copy(self, saved: RunDirectory, folder: Path) -> RunDirectory:
+        shutil.copytree(saved.path, folder)
+        return RunDirectory.at(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer, base_recipe: Path, prepared: PreparedData
+) -> Runs:
+    return Runs(tmp_path_factory.mktemp("layouts"), fork_server, base_recipe, prepared.directory)
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs) -> RunDirectory:
+    """The uninterrupted run."""
+    directory = RunDirectory.at(runs.folder / "whole")
+    runs.train(directory, 2, 2)
+    return directory
+
+
+def check_same(directory: RunDirectory, whole: RunDirectory, tolerance: float = TOLERANCE) -> None:
+    found, expected = losses(directory), losses(whole)
+    assert found.keys() == expected.keys()
+    worst = max(abs(found[step] - expected[step]) for step in expected)
+    assert worst <= tolerance, f"{worst} at some step: {found} {expected}"
+    assert samples(directory) == samples(whole)
+
+
+CASES = [
+    *[((2, old), (2, new)) for old in (0, 1, 2, 3) for new in (0, 1, 2, 3) if old != new],
+    *[((4, stage), (2, stage)) for stage in (1, 2, 3)],
+    *[((1, stage), (3, stage)) for stage in (0, 1, 2, 3)],
+    ((3, 3), (1, 1)),
+    ((1, 2), (4, 3)),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), CASES, ids=lambda layout: f"{layout[0]}w-zero{layout[1]}")
+def test_another_layout_continues_the_same_run(
+    old: tuple[int, int], new: tuple[int, int], runs: Runs, whole: RunDirectory, tmp_path: Path
+) -> None:
+    directory = runs.copy(runs.saved(*old), tmp_path / "run")
+    results = runs.train(directory, *new)
+    assert results[0]["status"] == "complete"
+    check_same(directory, whole)
+    needed = not ({old[1], new[1]} == {0} or (old[0] == new[0] and {old[1], new[1]} <= {1, 2}))
+    assert [notice.split()[0] for notice in results[0]["notices"]] == ["converting", "converted"] * needed
