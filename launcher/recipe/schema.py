@@ -9,7 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from launcher.recipe.section import Section
-from launcher.recipe.task_sections import ClassificationSection, ImageSection, MaskedLanguageModellingSection
+from launcher.recipe.task_sections import (
+    AdapterSection,
+    ClassificationSection,
+    ImageSection,
+    MaskedLanguageModellingSection,
+    SequenceToSequenceSection,
+)
 from launcher.recipe.tasks import TASKS, TaskName
 
 
@@ -23,6 +29,10 @@ class ModelSection(Section):
     `config.json`."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernel, as in transformers."""
+    freeze: tuple[str, ...] = ()
+    """Globs of parameters that are not trained, matched against their names (`*.embeddings.*`; `*`: all)."""
+    unfreeze: tuple[str, ...] = ()
+    """Globs of parameters that are trained all the same (`classifier.*`)."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":
@@ -393,7 +403,10 @@ class Recipe(Section):
     data: DataSection
     classification: ClassificationSection = ClassificationSection()
     image: ImageSection = ImageSection()
+    adapter: AdapterSection | None = None
+    """Train added weights instead of the model's own; checkpoints then hold only what is trained."""
     masked_lm: MaskedLanguageModellingSection = MaskedLanguageModellingSection()
+    seq2seq: SequenceToSequenceSection = SequenceToSequenceSection()
     training: TrainingSection
     optimizer: OptimizerSection = OptimizerSection()
     parallel: ParallelSection = ParallelSection()
@@ -426,6 +439,19 @@ class Recipe(Section):
             > 1
         ):
             raise ValueError(f"task {self.task} is data parallel only, with any ZeRO stage: leave parallel out")
+        if self.adapter is not None:
+            if self.model.freeze or self.model.unfreeze:
+                raise ValueError(
+                    "an adapter leaves the whole model as it is: leave model.freeze and model.unfreeze out"
+                )
+            if max(sizes.tensor_parallel_size, sizes.pipeline_parallel_size, sizes.sequence_parallel_size) > 1:
+                raise ValueError("an adapter is trained data parallel, with any ZeRO stage: leave parallel out")
+            packs = reads_packed_text(self) and self.data.packing != "none" and not self.data.cross_document_attention
+            if self.adapter.is_prompt and packs:
+                raise ValueError(
+                    f"{self.adapter.method} puts one prompt before each row, not before each document packed into it: "
+                    "set data.packing to none"
+                )
         if TASKS[self.task].tokens and self.data.sequence_length < 2:
             raise ValueError(f"task {self.task} reads text: set data.sequence_length to 2 or more")
         return self

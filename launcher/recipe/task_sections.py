@@ -64,6 +64,37 @@ class ImageSection(Section):
         return self
 
 
+class AdapterSection(Section):
+    """Train a few added weights and leave the model's own as they are (`peft`)."""
+
+    method: Literal["lora", "rslora", "dora", "ia3", "prefix_tuning", "prompt_tuning", "p_tuning"]
+    """LoRA (arXiv 2106.09685), rank-stabilised LoRA (2312.03732), DoRA (2402.09353), IA3 (2205.05638), prefix tuning
+    (2101.00190), prompt tuning (2104.08691), P-tuning (2103.10385)."""
+    r: int = Field(default=8, ge=1)
+    """Rank, of the LoRA methods."""
+    lora_alpha: float = Field(default=16, gt=0)
+    """Scale: updates are multiplied by lora_alpha / r (rsLoRA: by lora_alpha / sqrt(r))."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the LoRA matrices."""
+    target_modules: tuple[str, ...] = ()
+    """Ends of the names of the modules that get weights (`q_proj`); default: peft's choice for the family."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained and saved whole besides; the head of a classifier always is."""
+    num_virtual_tokens: int = Field(default=20, ge=1)
+    """Length of the learnt prefix or prompt."""
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether it puts something before the text, so that it cannot be merged into the model."""
+        return self.method in ("prefix_tuning", "prompt_tuning", "p_tuning")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "AdapterSection":
+        if self.is_prompt and self.target_modules:
+            raise ValueError(f"{self.method} changes no module: leave target_modules out")
+        return self
+
+
 class MaskedLanguageModellingSection(Section):
     """Of `masked_lm`: which tokens are hidden (BERT, Devlin et al., arXiv 1810.04805), anew in every epoch."""
 
@@ -83,3 +114,12 @@ class MaskedLanguageModellingSection(Section):
         if self.replace_by_mask + self.replace_by_random > 1 + 1e-9:
             raise ValueError("replace_by_mask and replace_by_random together are more than 1")
         return self
+
+
+class SequenceToSequenceSection(Section):
+    """Of `seq2seq_lm`."""
+
+    source_prefix: str = ""
+    """Put before each source, such as T5's `summarize: `."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is spread evenly over all tokens, while training."""

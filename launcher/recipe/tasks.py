@@ -40,9 +40,12 @@ TASKS = {
     "causal_lm": TaskEntry("launcher.tasks.causal_lm:CausalLanguageModelling", packed_text=True, generates=True),
     "image_classification": TaskEntry("launcher.tasks.image_classification:ImageClassification", tokens=False),
     "masked_lm": TaskEntry("launcher.tasks.masked_lm:MaskedLanguageModelling", encoder_tokens=True),
+    "question_answering": TaskEntry("launcher.tasks.question_answering:QuestionAnswering", encoder_tokens=True),
+    "seq2seq_lm": TaskEntry("launcher.tasks.seq2seq_lm:SequenceToSequence", encoder_tokens=True),
     "sequence_classification": TaskEntry(
         "launcher.tasks.sequence_classification:SequenceClassification", encoder_tokens=True
     ),
+    "token_classification": TaskEntry("launcher.tasks.token_classification:TokenClassification", encoder_tokens=True),
 }
 """Name in a recipe -> the task."""
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from launcher.data.examples import ExampleEncoder
+from launcher.models.adapters import choose_trained
 from launcher.models.build import build_config, build_model
 from launcher.planning.plan import Plan
 from launcher.recipe.schema import Recipe
@@ -66,6 +67,8 @@ class Task(Protocol):
     """The transformers auto class of the model."""
     has_metrics: ClassVar[bool] = False
     """Evaluate all predictions together (`metrics`), not the loss alone."""
+    adapter_task: ClassVar[str | None] = None
+    """peft's name of the kind of task (`CAUSAL_LM`); `None` for kinds that it does not know."""
 
     plan: Plan
     facts: Mapping[str, Any]
@@ -85,8 +88,9 @@ class Task(Protocol):
 
     def build_model(self) -> torch.nn.Module:
         """Build the model (random or pretrained weights, as the recipe says) in the recipe's precision."""
-        model: torch.nn.Module = build_model(self.plan, self.auto_class, self.config())
-        return model
+        model = build_model(self.plan, self.auto_class, self.config())
+        chosen: torch.nn.Module = choose_trained(model, self.plan, self.adapter_task)
+        return chosen
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into the tensors of one micro batch, on the host."""
@@ -100,10 +104,11 @@ class Task(Protocol):
         """Run forward and return loss sum and count."""
         ...
 
-    def metrics(self, predictions: list[dict[str, NDArray[Any]]]) -> Metrics:
+    def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
         """Measure an evaluation.
 
         Args:
             predictions: of every evaluated sample, once and in stored order, whatever the number of ranks.
+            samples: those samples, read when they are asked for.
         """
         return Metrics()

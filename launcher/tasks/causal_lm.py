@@ -27,6 +27,7 @@ class CausalLanguageModelling(Task):
     """
 
     auto_class = AutoModelForCausalLM
+    adapter_task = "CAUSAL_LM"
 
     @classmethod
     def encoder(cls, recipe: Recipe) -> ExampleEncoder | None:
@@ -61,5 +62,6 @@ class CausalLanguageModelling(Task):
         """Cross-entropy in nats, summed over targets, in fp32 whatever the model's precision."""
         logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         labels = batch["labels"]
+        logits = logits[:, -labels.shape[1] :]  # a learnt prompt has positions of its own before the text's
         loss_sum = cross_entropy_sum(model, logits, labels, IGNORED)
         return LossOutput(loss_sum, (labels != IGNORED).sum())

@@ -185,6 +185,6 @@ class ImageClassification(Task):
         )
         return (pixels - mean) / std
 
-    def metrics(self, predictions: list[dict[str, NDArray[Any]]]) -> Metrics:
+    def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
         """Measure with scikit-learn."""
         return classification_metrics(predictions, self.section, self.facts)

@@ -238,7 +238,7 @@ class MaskedLanguageModelling(Task):
             }
         return LossOutput(loss_sum, counted.sum(), predictions=predictions)
 
-    def metrics(self, predictions: list[dict[str, NDArray[Any]]]) -> Metrics:
+    def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
         """Loss and accuracy of the hidden tokens, and of the pairs."""
         sums = {name: float(sum(float(each[name]) for each in predictions)) for name in predictions[0]}
         tokens = max(sums["tokens"], 1.0)

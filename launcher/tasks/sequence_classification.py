@@ -97,6 +97,7 @@ class SequenceClassification(Task):
     """A head on the pooled text: `AutoModelForSequenceClassification`."""
 
     auto_class = AutoModelForSequenceClassification
+    adapter_task = "SEQ_CLS"
     has_metrics = True
 
     def __init__(self, plan: Plan, facts: Any) -> None:
@@ -131,7 +132,7 @@ class SequenceClassification(Task):
             inputs["token_type_ids"] = batch["token_type_ids"]
         return classification_loss(model(**inputs).logits, batch["labels"], self.section, self.weights)
 
-    def metrics(self, predictions: list[dict[str, NDArray[Any]]]) -> Metrics:
+    def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
         """Measure with scikit-learn."""
         return classification_metrics(predictions, self.section, self.facts)
 

@@ -96,7 +96,11 @@ class CheckpointManager:
             self.files.begin(folder.incomplete)
             state = {"parameter_names": parameter_names(engine)}
             engine.save_checkpoint(
-                str(self.directory), tag=folder.incomplete.name, client_state=state, save_latest=False
+                str(self.directory),
+                tag=folder.incomplete.name,
+                client_state=state,
+                save_latest=False,
+                exclude_frozen_parameters=self.plan.recipe.adapter is not None,
             )
             errors = folder.record(self.files.records, self.files.errors)
         errors = errors or folder.commit(self._manifest(progress, reason))
@@ -141,10 +145,17 @@ class CheckpointManager:
         manifest = read_manifest(folder)
         resumption = check_resumable(manifest, self.plan, self.data_fingerprint, folder)
         engine.checkpoint_engine = self.files
+        adapter = self.plan.recipe.adapter is not None
+        if resumption.differences and adapter:
+            raise CheckpointError(
+                f"{folder} was saved in another layout ({'; '.join(map(str, resumption.differences))}); an adapter's "
+                "checkpoint is continued in its own"
+            )
         if resumption.differences:
             load_universal(engine, self._converted(folder, manifest), self.plan.zero_stage)
         else:
-            engine.load_checkpoint(str(self.directory), tag=folder.name)
+            # The frozen weights come from the model, not from the checkpoint.
+            engine.load_checkpoint(str(self.directory), tag=folder.name, load_module_strict=not adapter)
         from_the_start = resumption.data_changed and self.plan.recipe.data.on_change == "restart"
         return Progress(
             step=manifest.step,

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from launcher.models.build import DTYPES
 from launcher.planning.plan import Plan
 from launcher.recipe.tasks import TASKS
 from launcher.tasks import make_task
-from launcher.training.consolidation import consolidated_state_dict
+from launcher.training.consolidation import consolidated_state_dict, trained_state_dict
 
 
 def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, target: Path) -> Path:
@@ -36,6 +37,8 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
     manifest = read_manifest(folder)
     if wrong := faults_of(folder, contents=plan.recipe.checkpoint.verify == "full"):
         raise CheckpointError(f"checkpoint {folder} is damaged: {'; '.join(wrong)}. Export another one with --step.")
+    if plan.recipe.adapter is not None:
+        return _export_adapter(folder, plan, tokenizer_directory, target)
     state = consolidated_state_dict(folder, manifest.zero_stage, manifest.layout)
     dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
     task = make_task(plan, PreparedData.load(tokenizer_directory.parent).facts)
@@ -64,6 +67,33 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
         generation.pad_token_id = tokenizer.pad_token_id
         model.generation_config = generation
     _write(model, target, tokenizer)
+    return target
+
+
+def _export_adapter(folder: Path, plan: Plan, tokenizer_directory: Path, target: Path) -> Path:
+    """Write an adapter's run: `adapter/` for peft, and beside it the whole model with the adapter merged into it.
+
+    A prompt cannot be merged: then the folder itself is the adapter's.
+    """
+    whole = plan.model_copy(update={"zero_stage": 0})
+    model = make_task(whole, PreparedData.load(tokenizer_directory.parent).facts).build_model()
+    state = trained_state_dict(folder, read_manifest(folder).zero_stage)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if missing := trained - set(state):
+        raise CheckpointError(f"checkpoint {folder} does not hold the plan's adapter; missing: {sorted(missing)[:5]}")
+    model.load_state_dict({name: state[name] for name in trained}, strict=False)
+    dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory) if TASKS[plan.recipe.task].tokens else None
+    adapter: Any = model.to(dtype)
+    if plan.recipe.adapter is not None and plan.recipe.adapter.is_prompt:
+        _write(adapter, target, tokenizer)
+        return target
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        _write(adapter, Path(scratch) / "adapter")
+        merged = adapter.merge_and_unload()
+        merged.config.use_cache = True
+        _write(merged, target, tokenizer)
+        shutil.copytree(Path(scratch) / "adapter", target / "adapter")
     return target
 
 

@@ -59,9 +59,25 @@ def measure(
     metrics = Metrics()
     if gathered is not None:
         by_position = dict(pair for part in gathered for pair in part)
-        metrics = task.metrics([by_position[position] for position in range(total)])
+        metrics = task.metrics([by_position[position] for position in range(total)], _Chosen(datasets, limit))
     values = broadcast(lambda: metrics.values)
     return evaluation, Metrics(values, metrics.report, metrics.text)
+
+
+class _Chosen(Sequence[Sample]):
+    """The evaluated samples, in order."""
+
+    def __init__(self, datasets: Sequence[Sequence[Sample]], limit: int | None) -> None:
+        self._datasets = datasets
+        self._sources, self._rows = (
+            chosen.tolist() for chosen in evaluation_rows([len(dataset) for dataset in datasets], limit)
+        )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._datasets[self._sources[index]][self._rows[index]]
 
 
 def write_evaluation(run_directory: RunDirectory, step: int, evaluation: Evaluation, metrics: Metrics) -> None:

@@ -108,7 +108,7 @@ def test_both_losses_are_those_of_bert(tmp_path: Path) -> None:
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     by_numpy = -np.log(shares[np.arange(6), batch["next_sentence_labels"].numpy()]).mean()
     rows = [{k: v[i].numpy() for k, v in output.predictions.items()} for i in range(6)]
-    metrics = task.metrics(rows).values
+    metrics = task.metrics(rows, []).values
     assert metrics["next_sentence_loss"] == pytest.approx(by_numpy, abs=1e-5)
     assert metrics["masked_lm_loss"] + by_numpy == pytest.approx(reference.loss.item(), abs=1e-5)
 
