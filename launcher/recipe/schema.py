@@ -14,6 +14,7 @@ from launcher.recipe.task_sections import (
     ClassificationSection,
     ImageSection,
     MaskedLanguageModellingSection,
+    PreferenceSection,
     SequenceToSequenceSection,
 )
 from launcher.recipe.tasks import TASKS, TaskName
@@ -406,6 +407,7 @@ class Recipe(Section):
     adapter: AdapterSection | None = None
     """Train added weights instead of the model's own; checkpoints then hold only what is trained."""
     masked_lm: MaskedLanguageModellingSection = MaskedLanguageModellingSection()
+    preference: PreferenceSection = PreferenceSection()
     seq2seq: SequenceToSequenceSection = SequenceToSequenceSection()
     training: TrainingSection
     optimizer: OptimizerSection = OptimizerSection()

@@ -49,13 +49,13 @@ class ConversationEncoder:
 
     def encode(self, rows: Sequence[Row]) -> list[Example | BadExample]:
         """Tokenise, and mark what is learnt."""
-        return [self._chat(row) if self.chat else self._completion(row) for row in rows]
+        return [self._chat(row) if self.chat else self.completion(row) for row in rows]
 
-    def _completion(self, row: Row) -> Example | BadExample:
+    def completion(self, row: Row) -> Example | BadExample:
+        """Tokenise a prompt and its completion by themselves, as the prompt will be when the model is used."""
         prompt, completion = str(row["prompt"] or ""), str(row["completion"] or "")
         if not completion.strip():
             return BadExample("its completion is empty")
-        # By themselves, as the prompt will be tokenised when the model is used.
         before = list(self.tokenizer(prompt)["input_ids"]) if prompt else []
         if before and before[-1] in (self.tokenizer.sep_token_id, self.tokenizer.eos_token_id):
             before.pop()
