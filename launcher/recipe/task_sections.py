@@ -130,8 +130,8 @@ class PreferenceSection(Section):
 
     method: Literal["dpo", "ipo", "orpo", "simpo"] = "dpo"
     """DPO (arXiv 2305.18290), IPO (2310.12036; log-probabilities averaged over tokens), ORPO (2403.07691), SimPO
-    (2405.14734). The first two compare with the model as it was: with an adapter, the model without it; otherwise a copy
-    that every worker holds whole."""
+    (2405.14734). The first two compare with the model as it was: with an adapter, the model without it; otherwise a
+    copy that every worker holds whole."""
     beta: float = Field(default=0.1, gt=0)
     """Strength: of staying near the reference (DPO, IPO), of the odds ratio (ORPO), of the difference (SimPO)."""
     gamma: float = Field(default=0.5, ge=0)
