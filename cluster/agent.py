@@ -83,6 +83,7 @@ class NodeAgent:
         adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGQUIT):
             signal.signal(number, self._take_signal)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # comes with Slurm's SIGTERM; submitit would warn of it
         self.report("starting")
         try:
             outcome = self.play()

@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from cluster.agent import POLL_S, START_TRIES, NodeAgent, ProvisionError, agent_command, say
-from cluster.processes import end_with_parent
+from cluster.processes import prepare_child
 from cluster.ray_node import RaySecrets, RayStartError, port_block, start_head
 from cluster.start_folder import NodeReport, Outcome, StartFolder
 from cluster.types import PHASES_VARIABLE
@@ -28,7 +29,7 @@ LEAVE_GRACE_S = 10.0
 class FirstNode(NodeAgent):
     """The node that the driver runs on."""
 
-    _driver: subprocess.Popen[bytes] | None = None
+    _peers: Sequence[subprocess.Popen[bytes]] = ()
 
     def play(self) -> Outcome:
         """See `NodeAgent.play`."""
@@ -67,7 +68,7 @@ class FirstNode(NodeAgent):
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=end_with_parent,
+                    preexec_fn=prepare_child,
                 )
             peers.append(peer)
         return peers
@@ -158,7 +159,7 @@ class FirstNode(NodeAgent):
             cwd=self.spec.working_directory,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=prepare_child,
         )
         code = self._watch(driver)
         self.folder.mark("driver_ended")

@@ -95,6 +95,15 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def prepare_child() -> None:
+    """What a job's child process does first: end with the process that started it, and ignore Slurm's warning.
+
+    Where Slurm has no cgroups, the warning goes to every process of a job and would end those that do not know it.
+    """
+    end_with_parent()
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
 def adopt_orphans() -> None:
     """Become the parent of what this process's descendants leave behind, so that `end_descendants` finds it."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)

@@ -6,7 +6,6 @@ Never `ray stop`: it ends every Ray of the user on the machine, other jobs' too.
 import math
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ExpectedError
-from cluster.processes import end_tree, end_with_parent
+from cluster.processes import end_tree, prepare_child
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """Heartbeats are all that crosses Ray; the least that Ray takes without complaint is 75 MiB."""
@@ -139,7 +138,7 @@ class RayNode:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in the terminal is for the driver, which saves first
-                preexec_fn=_prepare_child,
+                preexec_fn=prepare_child,
             )
 
     @property
@@ -170,12 +169,6 @@ class RayNode:
                     keep_logs_in.mkdir(parents=True, exist_ok=True)
                     shutil.copy(path, keep_logs_in / path.name)
         shutil.rmtree(self.temporary, ignore_errors=True)
-
-
-def _prepare_child() -> None:
-    end_with_parent()
-    # Slurm without cgroups sends a job's warning signal to every process of it; unhandled, it would end Ray.
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def start_head(
@@ -244,7 +237,8 @@ def _start(
         *("--min-worker-port=0", "--max-worker-port=0"),  # any free ones: Ray's fixed range is every job's
         *options,
     ]
-    return RayNode(command, {**os.environ, **settings}, temporary, log or temporary / "ray-start.log")
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # another cluster's
+    return RayNode(command, {**inherited, **settings}, temporary, log or temporary / "ray-start.log")
 
 
 def temporary_folder() -> Path:

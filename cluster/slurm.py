@@ -26,6 +26,12 @@ if TYPE_CHECKING:  # see cluster.types
 DEFAULT_MINUTES = 0
 """`--time=0`: as long as the partition allows."""
 
+SIGNAL_SLACK_S = 60
+"""sbatch(1), --signal: the signal may come this much earlier than said."""
+
+ALREADY_GONE = "Invalid job id specified"
+"""What scancel says of a job that has ended."""
+
 
 class SlurmBackend:
     """Submits through sbatch, asks squeue, cancels through scancel."""
@@ -88,8 +94,12 @@ class SlurmBackend:
             run_slurm("scancel", record.backend_id)
             return f"Slurm job {record.backend_id} is cancelled"
         run_slurm("scancel", "--state=PENDING", record.backend_id)
-        # To the job's steps alone: the agent of the first node hands it on to the driver, which saves.
-        run_slurm("scancel", "--state=RUNNING", "--signal=TERM", record.backend_id)
+        try:
+            # To the job's steps alone: the agent of the first node hands it on to the driver, which saves.
+            run_slurm("scancel", "--state=RUNNING", "--signal=TERM", record.backend_id)
+        except BackendError as error:
+            if ALREADY_GONE not in str(error):  # what had waited is gone by now
+                raise
         return f"Slurm job {record.backend_id} saves and ends; if it still waits, it is cancelled"
 
 
@@ -97,7 +107,7 @@ def _executor(request: JobRequest) -> Any:
     """The submitit executor of a request.
 
     Raises:
-        BackendError: Slurm cannot name the job's folder.
+        BackendError: Slurm cannot name the job's folder, or would warn as soon as the job starts.
     """
     from submitit.slurm.slurm import SlurmExecutor
 
@@ -114,6 +124,13 @@ def _executor(request: JobRequest) -> Any:
             f"{', '.join(map(repr, bad))}; name another one with --run-dir"
         )
     slurm = request.profile.slurm
+    minutes = slurm.time_limit_minutes
+    if minutes is not None and minutes * 60 <= request.save_before_end_seconds + SIGNAL_SLACK_S:
+        raise BackendError(
+            f"fault_tolerance.save_before_end_seconds is {request.save_before_end_seconds}, and Slurm may warn "
+            f"{SIGNAL_SLACK_S} s earlier, but slurm.time_limit {slurm.time_limit} is all the time that a job has; "
+            "raise the limit, or lower save_before_end_seconds"
+        )
     executor = Executor(folder=request.job_directory, python=_python(slurm.container))
     parameters: dict[str, Any] = {
         "job_name": request.name,
@@ -121,7 +138,7 @@ def _executor(request: JobRequest) -> Any:
         "ntasks_per_node": 1,
         "cpus_per_task": math.ceil(request.cpus_per_node),
         "gpus_per_node": request.gpus_per_node if request.gpus_per_node and slurm.gres is None else None,
-        "time": slurm.time_limit_minutes or DEFAULT_MINUTES,
+        "time": minutes or DEFAULT_MINUTES,
         "mem": slurm.memory_per_node,
         "exclusive": slurm.exclusive or None,
         "signal_delay_s": request.save_before_end_seconds,

@@ -8,6 +8,7 @@ __all__ = [
     "DocumentError",
     "ExpectedError",
     "ModelError",
+    "NumericError",
     "PlanError",
     "Problem",
     "RecipeError",
@@ -53,6 +54,10 @@ class ResourceError(ExpectedError):
 
 class StorageError(ExpectedError):
     """A file could not be written (disk full, read-only, gone)."""
+
+
+class NumericError(ExpectedError):
+    """The loss is not finite, or a spike."""
 
 
 class TrainingError(ExpectedError):

@@ -5,7 +5,7 @@ Light to import: looking at a job needs neither pydantic nor anything that train
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,19 +139,28 @@ def attempt_of(content: str, attempt: int) -> str:
     return ATTEMPT_MARK + parts[attempt - 1 if attempt > 0 else -1] + "\n"
 
 
-def follow(record: JobRecord, log: Log) -> Iterator[bytes]:
-    """Give what a log holds and what is added to it, until the job has ended."""
-    offset, asked, ended = 0, time.monotonic(), False
+def follow(record: JobRecord, open_log: Callable[[], Log]) -> Iterator[bytes]:
+    """Give what a log holds and what is added to it, until the job has ended.
+
+    Args:
+        record: the job.
+        open_log: gives the log to read; another one when the job has been started again.
+    """
+    log, offset, asked, ended = open_log(), 0, time.monotonic(), False
     while True:
         content = log.read(offset)
         offset += len(content)
         if content:
             yield content
+            continue
+        newest = open_log()
+        if newest.name != log.name:
+            log, offset = newest, 0
         elif ended:
             return
-        if not content and time.monotonic() - asked > STATE_INTERVAL_S:
+        elif time.monotonic() - asked > STATE_INTERVAL_S:
             asked, ended = time.monotonic(), is_over(record)
-        elif not content:
+        else:
             time.sleep(FOLLOW_INTERVAL_S)
 
 

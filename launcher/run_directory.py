@@ -75,9 +75,19 @@ class RunDirectory:
         return self.path / "events.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        """What the running attempt has spent its time on (JSON), replaced every few seconds."""
+        return self.path / "ledger.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a logged step or evaluation."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        """One JSON object a range of samples that is left out because their loss was bad."""
+        return self.path / "skipped.jsonl"
 
     @property
     def progress(self) -> Path:

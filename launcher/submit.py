@@ -7,14 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from cluster import registry
 from cluster.backends import backend_for
 from cluster.profile import Profile
 from cluster.types import JobRecord, JobRequest, JobState
 from launcher.errors import ExpectedError
-from launcher.orchestration.driver import completed_summary, drive, read_plan
+from launcher.orchestration.driver import completed_summary, connect, drive, read_plan
 from launcher.orchestration.observers import Observer
 from launcher.orchestration.run_lock import holding
 from launcher.planning.layout import Resources
@@ -22,6 +25,9 @@ from launcher.planning.plan import Plan
 from launcher.provenance import record_provenance
 from launcher.recipe.loading import dump_recipe
 from launcher.run_directory import RunDirectory, write_atomically
+
+if TYPE_CHECKING:
+    from launcher.orchestration.doctor import Examination
 
 FOREGROUND_BACKENDS = ("local", "ray")
 
@@ -74,12 +80,33 @@ def run_foreground(plan: Plan, profile: Profile, run_directory: RunDirectory, ob
         write_run(run_directory, plan)
         record_provenance(run_directory.provenance, profile)
         os.environ.update(profile.environment)
-        with _ray(profile, plan) as check_alive:
-            return drive(run_directory, observer, check_alive)
+        started = psutil.Process().create_time()
+        with _ray(profile, plan.resources) as check_alive:
+            return drive(run_directory, observer, check_alive, {"started": started, "nodes_joined": time.time()})
+
+
+def examine_profile(profile: Profile, run_directory: Path) -> "Examination":
+    """Look for what is wrong with the machines of a profile, and keep what was measured for the next time.
+
+    Raises:
+        ExpectedError: the profile's machines are not at hand, or its cluster does not answer.
+    """
+    if profile.backend not in FOREGROUND_BACKENDS:
+        raise ExpectedError(
+            f"profile {profile.name} is of the {profile.backend} backend, whose machines are only there in a job; each "
+            "run of several nodes is examined before it starts (fault_tolerance.preflight)"
+        )
+    resources = resources_of(profile)
+    with _ray(profile, resources) as check_alive:
+        from launcher.orchestration.doctor import examine
+
+        connect(check_alive)
+        baseline = registry.registry_folder().parent / "doctor" / f"{profile.name}.json"
+        return examine(run_directory, resources.nodes, baseline)
 
 
 @contextmanager
-def _ray(profile: Profile, plan: Plan) -> Iterator[Callable[[], None]]:
+def _ray(profile: Profile, resources: Resources) -> Iterator[Callable[[], None]]:
     """Have RAY_ADDRESS name a cluster: the user's, or one of our own for the time of the run."""
     address = profile.address or os.environ.get("RAY_ADDRESS")
     if profile.backend == "ray" or address:
@@ -90,7 +117,7 @@ def _ray(profile: Profile, plan: Plan) -> Iterator[Callable[[], None]]:
         return
     from cluster.local import local_ray
 
-    with local_ray(*node_resources(plan.resources), plan.resources.nodes) as ray:
+    with local_ray(*node_resources(resources), resources.nodes) as ray:
         before = {name: os.environ.get(name) for name in ray.environment}
         os.environ.update(ray.environment)
         try:

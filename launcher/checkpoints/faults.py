@@ -8,6 +8,8 @@ import os
 import signal
 from pathlib import Path
 
+from launcher.checkpoints import fault_plan
+
 SWITCH = "ZEROFLEET_TEST_FAULT"
 """Name of the variable: JSON, either `{"record": FOLDER}` or `{"rank": 0, "point": "commit.renamed", "visit": 1}`."""
 
@@ -20,6 +22,7 @@ def reach(point: str) -> None:
     Args:
         point: name of the boundary, the same in every save.
     """
+    fault_plan.enact(point, int(os.environ.get("RANK", "0")), fault_plan.ANY_STEP)
     setting = os.environ.get(SWITCH)
     if setting is not None:
         _act(json.loads(setting), point)

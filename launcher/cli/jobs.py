@@ -45,8 +45,13 @@ def _row(view: "JobView") -> list[str]:
     now = view.status
     state = f"{now.state} ({now.reason})" if now.state == "PENDING" and now.reason else now.state.value
     where = f"{record.backend} {record.backend_id}" if record.backend in ("slurm", "ray") else record.backend
-    age = readable_seconds(time.time() - record.submitted)
-    return [record.id, record.name, state, where, step, f"{loss:.4f}" if loss else "-", age, record.run_directory]
+    age, directory = readable_seconds(time.time() - record.submitted), _on_a_line(record.run_directory)
+    return [record.id, record.name, state, where, step, f"{loss:.4f}" if loss else "-", age, directory]
+
+
+def _on_a_line(path: str) -> str:
+    """A path as it is, unless it holds what would break the line."""
+    return path if path.isprintable() else repr(path)
 
 
 def _table(rows: list[list[str]]) -> list[str]:
@@ -84,12 +89,22 @@ def _facts(view: "JobView") -> list[tuple[str, str]]:
         facts.append(("expected start", time.strftime("%Y-%m-%d %H:%M", time.localtime(now.expected_start))))
     if view.progress:
         facts.append(("progress", _line(view.progress)))
+    goodput = _goodput(record.run_directory)
+    if goodput is not None:
+        facts.append(("goodput", f"{goodput:.1%} of the time since its start was progress that is kept"))
     facts.append(("nodes", ", ".join(now.nodes) or f"{record.nodes} asked for"))
     if now.starts > 1:
         facts.append(("starts", f"{now.starts}: it was requeued"))
     facts.append(("submitted", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.submitted))))
-    facts.append(("run directory", record.run_directory))
+    facts.append(("run directory", _on_a_line(record.run_directory)))
     return facts
+
+
+def _goodput(run_directory: str) -> float | None:
+    from launcher.orchestration.journal import read_account
+    from launcher.run_directory import RunDirectory
+
+    return read_account(RunDirectory.at(run_directory)).goodput
 
 
 def _line(progress: dict[str, Any]) -> str:

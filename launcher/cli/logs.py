@@ -38,11 +38,11 @@ def logs(
     if follow and (as_json or attempt is not None):
         raise ExpectedError("--follow goes neither with --json nor with --attempt")
     record = find_job(job)
-    log = log_of(record, rank=rank, node=node, start=start)
     if follow:
-        for content in follow_log(record, log):
+        for content in follow_log(record, lambda: log_of(record, rank=rank, node=node, start=start)):
             _write(content)
         return
+    log = log_of(record, rank=rank, node=node, start=start)
     text = log.read(0).decode(errors="replace")
     if attempt is not None:
         text = attempt_of(text, attempt)
@@ -108,7 +108,7 @@ def follow_to_the_end(record: "JobRecord") -> int:
     """Show a job's log until it ends; returns the exit code."""
     from launcher.jobs import follow, log_of, look
 
-    for content in follow(record, log_of(record)):
+    for content in follow(record, lambda: log_of(record)):
         _write(content)
     status = look([record])[0].status
     print(f"{record.id}: {status.state}{f' ({status.reason})' if status.reason else ''}")

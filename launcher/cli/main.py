@@ -10,14 +10,17 @@ import typer
 
 from cluster.errors import ExpectedError
 from launcher.cli.checkpoint import checkpoint
+from launcher.cli.doctor import doctor
 from launcher.cli.jobs import cancel, jobs, status
 from launcher.cli.logs import attach, logs
 from launcher.cli.plan import plan
 from launcher.cli.prepare import prepare
 from launcher.cli.profile import profile
 from launcher.cli.recipes import recipes
+from launcher.cli.report import report
 from launcher.cli.run import export, run
 from launcher.cli.schema import schema
+from launcher.cli.simulate import simulate
 from launcher.cli.submit import submit, sweep
 from launcher.cli.tensorboard import tensorboard
 
@@ -39,8 +42,11 @@ app.command()(status)
 app.command()(logs)
 app.command()(attach)
 app.command()(cancel)
+app.command()(report)
 app.command()(sweep)
 app.command()(plan)
+app.command()(doctor)
+app.command()(simulate)
 app.command()(prepare)
 app.command()(export)
 app.command()(tensorboard)

@@ -53,7 +53,8 @@ def _watched(observer: LiveObserver, plan: "Plan", profile: "Profile", directory
     from launcher.submit import run_foreground
 
     try:
-        return run_foreground(plan, profile, directory, observer)
+        with contextlib.redirect_stdout(sys.stderr):  # Ray says there what it thinks of a dead worker
+            return run_foreground(plan, profile, directory, observer)
     except KeyboardInterrupt:
         observer.close()
         print(

@@ -9,28 +9,31 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster.types import STOP_FILE_VARIABLE
-from launcher.checkpoints import folders
+from cluster.types import PHASES_VARIABLE, STOP_FILE_VARIABLE
+from launcher.checkpoints import fault_plan, folders
 from launcher.checkpoints.manifest import read_manifest
 from launcher.checkpoints.resumable import check_resumable, recipe_changes, with_batch_of
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
 from launcher.orchestration.failure import FailureKind
+from launcher.orchestration.journal import Journal
 from launcher.orchestration.observers import JobObserver, Notices, Observer
 from launcher.orchestration.policy import FailurePolicy
 from launcher.orchestration.run_lock import holding
 from launcher.orchestration.supervisor import RunState, Supervisor
 from launcher.planning.plan import Plan
-from launcher.run_directory import RunDirectory, append_json_line, write_atomically
+from launcher.run_directory import RunDirectory, write_atomically
 
 CONNECT_TIMEOUT_S = 60.0
 
+NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""What Slurm, Kubernetes and clouds send some time before they take a machine away."""
 SIGNAL_ECHO_S = 2.0
 """A second SIGTERM this soon is the first one by another way: Slurm may send it to every process of a job."""
 
@@ -68,9 +71,18 @@ def completed_summary(run_directory: RunDirectory, plan: Plan) -> dict[str, Any]
 
 
 def drive(
-    run_directory: RunDirectory, observer: Observer, check_alive: Callable[[], None] = lambda: None
+    run_directory: RunDirectory,
+    observer: Observer,
+    check_alive: Callable[[], None] = lambda: None,
+    moments: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Prepare data, connect, supervise; returns the summary.
+
+    Args:
+        run_directory: of the run.
+        observer: told what happens.
+        check_alive: raises when the cluster's head is known to have ended.
+        moments: Unix times of what came before: `submitted`, `started`, `ray_head`, `nodes_joined`.
 
     Raises:
         ExpectedError: what a person must change; `TrainingError` holds the failing rank's traceback.
@@ -78,16 +90,17 @@ def drive(
     plan = _keep_batch(read_plan(run_directory), run_directory, observer)
     started = time.time()
 
-    def on_event(state: RunState, facts: dict[str, Any]) -> None:
-        record = {"time": round(time.time(), 3), "state": state.value, **facts}
-        _append(run_directory.events, record, observer)
-        observer.event(state, facts)
-
+    journal = Journal(run_directory, observer, tensorboard=plan.recipe.logging.tensorboard)
     prepared = _prepare(plan, run_directory, observer)
-    _check_checkpoint(plan, run_directory, prepared.fingerprint, observer)
-    on_event(RunState.STARTING, {"seconds_to_prepare": round(time.time() - started, 2)})
+    saved_step = _check_checkpoint(plan, run_directory, prepared.fingerprint, observer)
+    journal.starting(moments or {}, {"seconds_to_prepare": round(time.time() - started, 2)})
     connect(check_alive)
-    supervisor = _supervise(plan, run_directory, observer, on_event)
+    if plan.resources.nodes > 1 and plan.recipe.fault_tolerance.preflight:
+        _preflight(plan, run_directory, observer)
+    try:
+        supervisor = _supervise(plan, run_directory, observer, journal, saved_step)
+    finally:
+        journal.close()
     if supervisor.state is RunState.FAILED:
         cause = supervisor.cause
         if cause is not None and cause.kind is FailureKind.EXPECTED:
@@ -99,14 +112,6 @@ def drive(
     if supervisor.state is RunState.COMPLETE:
         write_atomically(run_directory.summary, json.dumps(summary, indent=1))
     return summary
-
-
-def _append(path: Path, record: dict[str, Any], observer: Observer) -> None:
-    """Record a fact; a full disk must not keep the run from ending as it should, so it is only said."""
-    try:
-        append_json_line(path, record)
-    except OSError as error:
-        observer.message(f"{path.name} cannot be written: {error.strerror}")
 
 
 def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any:
@@ -147,7 +152,7 @@ def _keep_batch(plan: Plan, run_directory: RunDirectory, observer: Observer) -> 
     return kept
 
 
-def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str, observer: Observer) -> None:
+def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str, observer: Observer) -> int:
     """Before any worker starts: tidy up after interrupted saves, refuse a checkpoint of another recipe.
 
     Here only sizes are compared; the workers compare checksums, each of a part of the files.
@@ -160,6 +165,24 @@ def _check_checkpoint(plan: Plan, run_directory: RunDirectory, fingerprint: str,
         observer.message(f"resuming from {folder.name}")
         if resumption.differences:
             observer.message(f"it will be converted: {'; '.join(resumption.differences)}")
+        return folders.step_of(folder)
+    return 0
+
+
+def _preflight(plan: Plan, run_directory: RunDirectory, observer: Observer) -> None:
+    """Examine the nodes before a run trusts them.
+
+    Raises:
+        ResourceError: a run would fail on them.
+    """
+    from launcher.orchestration.doctor import examine
+
+    found = examine(run_directory.path, plan.resources.nodes)
+    for finding in found.findings:
+        observer.message(f"preflight: {finding}")
+    errors = [str(finding) for finding in found.findings if finding.level == "error"]
+    if errors:
+        raise ResourceError("\n".join([*errors, "(fault_tolerance.preflight: false starts the run nevertheless)"]))
 
 
 def connect(check_alive: Callable[[], None]) -> None:
@@ -220,7 +243,8 @@ def _supervise(
     plan: Plan,
     run_directory: RunDirectory,
     observer: Observer,
-    on_event: Callable[[RunState, dict[str, Any]], None],
+    journal: Journal,
+    saved_step: int,
 ) -> Supervisor:
     from launcher.orchestration.worker_group import GroupShape, WorkerGroup
 
@@ -229,38 +253,40 @@ def _supervise(
         workers_per_node=plan.resources.workers_per_node,
         cpus_per_worker=plan.resources.cpus_per_worker,
         device=plan.resources.device,
-        environment={name: os.environ[name] for name in plan.resources.environment_names if name in os.environ},
+        environment={name: os.environ[name] for name in plan.resources.environment_names if name in os.environ}
+        | fault_plan.environment(),
+        warm=plan.resources.device == "cpu" and plan.recipe.fault_tolerance.warm_workers,
+        warm_after_seconds=plan.recipe.fault_tolerance.warm_workers_after_seconds,
     )
     group = WorkerGroup(run_directory, shape)
     policy = FailurePolicy(plan.recipe.fault_tolerance)
-    attempt: dict[str, Any] = {}
 
-    def record_attempt(state: RunState, facts: dict[str, Any]) -> None:
+    def on_event(state: RunState, facts: dict[str, Any]) -> None:
         if state is RunState.RUNNING:
             facts = {**facts, "workers": [_whereabouts(rank, place) for rank, place in enumerate(group.placements)]}
-            attempt.update(attempt=facts["attempt"], started=time.time(), workers=facts["workers"])
-        on_event(state, facts)
-        if attempt and (state.is_final or state is RunState.RECOVERING):
-            record = {**attempt, "ended": time.time(), "outcome": state.value, "facts": facts}
-            _append(run_directory.attempts, record, observer)
-            attempt.clear()
+        journal.look(supervisor.status)
+        journal.event(state, facts)
         if state in (RunState.RECOVERING, RunState.FAILED) and supervisor.failure_text:
             observer.message(supervisor.failure_text)
 
-    supervisor = Supervisor(group, policy, time.monotonic, time.sleep, record_attempt)
+    supervisor = Supervisor(
+        group, policy, time.monotonic, time.sleep, on_event, saved_step, on_straggler=journal.straggler
+    )
     try:
-        with _interrupts(supervisor, observer):
+        with _interrupts(supervisor, observer, plan.recipe.fault_tolerance.save_before_end_seconds):
             stop_file = os.environ.get(STOP_FILE_VARIABLE)
+            grace = plan.recipe.fault_tolerance.save_before_end_seconds
             notices = Notices(observer)
             while not supervisor.step().is_final:
                 notices.show(supervisor.attempt, supervisor.status)
                 observer.progress(supervisor.status)
+                journal.look(supervisor.status)
                 if stop_file is not None and Path(stop_file).exists():
-                    supervisor.request_stop()
+                    supervisor.request_stop("the job's time is over, or it was asked to stop", grace)
             notices.show(supervisor.attempt, supervisor.status)
             observer.progress(supervisor.status)
     finally:
-        group.stop()
+        group.close()
     return supervisor
 
 
@@ -270,21 +296,26 @@ def _whereabouts(rank: int, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _interrupts(supervisor: Supervisor, observer: Observer) -> Iterator[None]:
-    """First Ctrl-C or SIGTERM: save and end at the next step. Second: end at once."""
+def _interrupts(supervisor: Supervisor, observer: Observer, grace_seconds: float) -> Iterator[None]:
+    """First Ctrl-C or notice: save and end at the next step. Second Ctrl-C or SIGTERM: end at once.
+
+    SIGTERM, SIGUSR1 and SIGUSR2 announce that the machine will be taken away; so what is not saved within the grace
+    time is given up, and the run goes on later from what is.
+    """
     first: float | None = None
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal first
+        name = signal.Signals(number).name
         if first is not None:
-            if number == signal.SIGTERM and time.monotonic() - first < SIGNAL_ECHO_S:
+            if number in NOTICES and (number != signal.SIGTERM or time.monotonic() - first < SIGNAL_ECHO_S):
                 return
             raise KeyboardInterrupt
         first = time.monotonic()
-        supervisor.request_stop()
-        observer.message("stopping: the workers save after this step (interrupt again to end at once)")
+        supervisor.request_stop(name, grace_seconds if number in NOTICES else None)
+        observer.message(f"{name}: stopping; the workers save after this step (interrupt again to end at once)")
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, *NOTICES)}
     try:
         yield
     finally:
@@ -338,6 +369,12 @@ def main() -> int:
         return 2
     run_directory = RunDirectory.at(sys.argv[1])
     observer = JobObserver(run_directory)
+    if not run_directory.path.is_dir():
+        sys.stderr.write(
+            f"{socket.gethostname()} does not see the run directory {run_directory.path}: it must lie on a file system "
+            "that all nodes share; set it with --run-dir\n"
+        )
+        return 2
     try:
         read_plan(run_directory)
         with holding(run_directory):
@@ -345,7 +382,7 @@ def main() -> int:
             if summary is not None:
                 observer.message("the run is complete already: nothing to do")
                 return 0
-            summary = drive(run_directory, observer)
+            summary = drive(run_directory, observer, moments=json.loads(os.environ.get(PHASES_VARIABLE, "{}")))
     except ExpectedError as error:
         sys.stderr.write(f"{error}\n")
         return 2

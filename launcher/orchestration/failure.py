@@ -87,7 +87,7 @@ class Verdict:
 
 PATTERNS: Sequence[tuple[Category, str, str]] = (
     (Category.PREEMPTION, r"preempt|node .*drain", "its node was taken away"),
-    (Category.INFRASTRUCTURE, r"out of memory \(OOM\)|OutOfMemoryError: (Task|Worker)|oom.?kill", "out of host memory"),
+    (Category.INFRASTRUCTURE, r"out of memory \(OOM\)|low on memory|oom.?kill", "out of host memory"),
     (Category.INFRASTRUCTURE, r"MemoryError|[Cc]an(no|')t allocate memory", "out of host memory"),
     (Category.INFRASTRUCTURE, r"ECC|Xid|CUDA error: (unspecified launch|device.*lost|uncorrect)", "a GPU is broken"),
     (Category.INFRASTRUCTURE, r"NCCL error|ncclSystemError|ncclUnhandledCudaError", "NCCL failed"),

@@ -31,7 +31,7 @@ class Retry:
 
     Attributes:
         number: of this restart in its budget, from 1.
-        budget: which one: `start`, `crash` or `preemption`.
+        budget: which one: `start`, `crash`, `preemption` or `numeric`.
         delay_seconds: to wait before.
         exclude: nodes that get no workers any more, all of them.
     """
@@ -84,7 +84,7 @@ class FailurePolicy:
             return GiveUp(f"{self._used[budget]} of fault_tolerance.{name} {limit} restarts are used up{since}")
         self._used[budget] += 1
         self._blame(incident)
-        delay = 0.0 if budget == "preemption" else self._delay(self._used[budget])
+        delay = 0.0 if budget in ("preemption", "numeric") else self._delay(self._used[budget])
         return Retry(self._used[budget], budget, delay, tuple(self.excluded))
 
     def _refill(self, incident: Incident) -> None:
@@ -98,7 +98,7 @@ class FailurePolicy:
         """Why a restart would meet the same again, or None."""
         cause, category = incident.cause, incident.verdict.category
         if category is Category.NUMERIC:
-            return "the recipe's fault_tolerance.on_bad_loss is stop"
+            return "the recipe's fault_tolerance.on_bad_loss is stop" if self.settings.on_bad_loss == "stop" else None
         if cause.kind is FailureKind.EXPECTED:
             return "restarting would meet the same error"
         if category is not Category.ERROR:
@@ -116,6 +116,8 @@ class FailurePolicy:
         """(budget, its name in the recipe, its size)."""
         if incident.verdict.category is Category.PREEMPTION:
             return "preemption", "max_preemptions", self.settings.max_preemptions
+        if incident.verdict.category is Category.NUMERIC:
+            return "numeric", "max_bad_losses", self.settings.max_bad_losses
         if not incident.started:
             return "start", "max_start_failures", self.settings.max_start_failures
         return "crash", "max_restarts", self.settings.max_restarts

@@ -1,11 +1,13 @@
 """The state machine over a run's attempts. Pure: the worker group and the clock are passed in, so tests can step it."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
 from launcher.errors import ResourceError
+from launcher.orchestration.detection import Hang, HangDetector, Straggler, StragglerDetector
 from launcher.orchestration.failure import (
     Failure,
     FailureKind,
@@ -62,11 +64,13 @@ class GroupStatus:
         beats: newest heartbeat by rank (ranks that did not answer yet are absent).
         failures: of the ranks that failed.
         results: of the ranks that returned, by rank: `TrainResult` as a mapping.
+        leaving: nodes of the group that are about to be taken away.
     """
 
     beats: dict[int, Beat] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     results: dict[int, dict[str, Any]] = field(default_factory=dict)
+    leaving: tuple[str, ...] = ()
 
 
 class Group(Protocol):
@@ -83,6 +87,18 @@ class Group(Protocol):
 
     def start(self, attempt: int, avoid: Sequence[str]) -> None:
         """Start every rank, on none of the nodes to avoid if that can be; returns when their training threads run."""
+        ...
+
+    def saved_step(self) -> int:
+        """Step of the newest checkpoint that is committed, 0 without one."""
+        ...
+
+    def node_of(self, rank: int) -> str:
+        """Host name of a rank's node."""
+        ...
+
+    def examine(self, hang: Hang) -> str:
+        """Keep what can be learned of a group that stands still, before it is ended; says where that is."""
         ...
 
     def poll(self) -> GroupStatus:
@@ -108,6 +124,8 @@ class Supervisor:
         sleep: waits that many seconds.
         on_event: told every change: (state, facts).
         saved_step: of the newest checkpoint when the run begins.
+        on_straggler: told of a rank that is slow.
+        wall_clock: Unix time.
     """
 
     def __init__(
@@ -118,6 +136,8 @@ class Supervisor:
         sleep: Callable[[float], None],
         on_event: Callable[[RunState, dict[str, Any]], None],
         saved_step: int = 0,
+        on_straggler: Callable[[Straggler], None] = lambda straggler: None,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.group = group
         self.policy = policy
@@ -125,12 +145,17 @@ class Supervisor:
         self.sleep = sleep
         self.on_event = on_event
         self.saved_step = saved_step
+        self.on_straggler = on_straggler
+        self.wall_clock = wall_clock
         self.state = RunState.STARTING
         self.attempt = 0
         self.status = GroupStatus()
         self.failure_text = ""
         self.cause: Failure | None = None
         self.verdict: Verdict | None = None
+        self._hangs = HangDetector(policy.settings, group.node_of)
+        self._stragglers = StragglerDetector(policy.settings, group.node_of)
+        self._moving: Failure | None = None
         self._stop_reason: str | None = None
         self._stop_by: float | None = None
         self._not_before = 0.0
@@ -179,8 +204,11 @@ class Supervisor:
             return
         self.attempt += 1
         self.status = GroupStatus()
+        self._hangs.reset()
+        self._stragglers.reset()
         try:
-            self.group.start(self.attempt, self.policy.excluded)
+            leaving = [self._moving.node] if self._moving is not None else []
+            self.group.start(self.attempt, [*self.policy.excluded, *leaving])
         except ResourceError as error:
             # A first attempt that lacks something is the profile's mistake. A later one may have asked for a node that
             # is gone already, and is not known to be.
@@ -190,6 +218,7 @@ class Supervisor:
             self._wait(1, str(error))
             return
         self._waiting_since = None
+        self._moving = None
         self._enter(RunState.RUNNING)
 
     def _lacks_nodes(self) -> bool:
@@ -211,7 +240,8 @@ class Supervisor:
             self.sleep(NODES_INTERVAL_S)
 
     def _watch(self) -> None:
-        if self._stop_reason is not None and self.state is RunState.RUNNING:
+        if self._stop_reason is not None and (self.state is RunState.RUNNING or self._moving is not None):
+            self._moving = None
             self.group.request_stop()
             self._enter(RunState.DRAINING, reason=self._stop_reason)
         self.status = self.group.poll()
@@ -219,12 +249,45 @@ class Supervisor:
         if self.status.failures:
             self._recover(self._await_cause())
         elif len(self.status.results) == self.group.world_size:
-            result = self.status.results[0]
-            self.group.stop()
-            final = RunState.COMPLETE if result["status"] == "complete" else RunState.STOPPED
-            self._enter(final, step=result["step"], **({"reason": self._stop_reason} if self._stop_reason else {}))
+            self._end_attempt()
+        elif (hang := self._hangs.look(self.clock(), self.status.beats)) is not None:
+            self._recover([self._hung(hang)])
         elif self._stop_reason is not None:
             self._drain(self._stop_reason)
+        else:
+            self._look_around()
+
+    def _end_attempt(self) -> None:
+        """All ranks returned: the run is over, or it moves to other nodes."""
+        result = self.status.results[0]
+        if self._moving is not None and result["status"] == "stopped" and self._stop_reason is None:
+            self._recover([self._moving])
+            return
+        self.group.stop()
+        final = RunState.COMPLETE if result["status"] == "complete" else RunState.STOPPED
+        self._enter(final, step=result["step"], **({"reason": self._stop_reason} if self._stop_reason else {}))
+
+    def _look_around(self) -> None:
+        """What a healthy group has to be told, or a person about it."""
+        for straggler in self._stragglers.look(self.status.beats):
+            self.on_straggler(straggler)
+        if self.status.leaving and self._moving is None:
+            nodes, beat = ", ".join(self.status.leaving), self.status.beats.get(0)
+            message = f"{nodes} is about to be taken away; the workers save and go on elsewhere"
+            step, phase = (beat.step, beat.phase.value) if beat else (0, Phase.STARTING.value)
+            self._moving = Failure(
+                0, FailureKind.PREEMPTED, message, "", step, phase, self.wall_clock(), self.status.leaving[0]
+            )
+            self.group.request_stop()
+            self._enter(RunState.DRAINING, reason=message)
+
+    def _hung(self, hang: Hang) -> Failure:
+        first = hang.suspects[0]
+        kept = self.group.examine(hang)
+        message = f"{hang}\n{kept}" if kept else str(hang)
+        return Failure(
+            first.rank, FailureKind.HUNG, message, "", first.step, first.phase.value, self.wall_clock(), first.node
+        )
 
     def _drain(self, reason: str) -> None:
         """See how far the workers are with saving, and end them when their time is over."""
@@ -248,7 +311,9 @@ class Supervisor:
         cause = first_cause(failures)
         verdict = classify(cause)
         self.cause, self.verdict, self.failure_text = cause, verdict, describe(failures)
+        noticed = self.clock()
         self.group.stop()
+        self.saved_step = max(self.saved_step, self.group.saved_step())  # heartbeats are a look behind
         facts: dict[str, Any] = {
             "rank": cause.rank,
             "node": cause.node,
@@ -260,6 +325,7 @@ class Supervisor:
             "message": cause.message,
             "failed_at": cause.time,
             "saved_step": self.saved_step,
+            "teardown_seconds": round(self.clock() - noticed, 3),
         }
         if self._stop_reason is not None and cause.kind is not FailureKind.EXPECTED:
             text = f"a worker failed while the run was being stopped ({self._stop_reason})"

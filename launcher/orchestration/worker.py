@@ -24,6 +24,8 @@ WORKER_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+MIN_SPARE_MEMORY = 4 * 2**30
+"""A node with less free memory keeps no spare worker; one has about half a GiB, its imports."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,43 @@ class Placement:
 
 
 class Worker:
-    """Actor of one rank."""
+    """Actor of one rank, or of none yet: a spare that is warmed up and waits."""
 
-    def __init__(self, run_directory: str, rank: int) -> None:
+    def __init__(self, run_directory: str) -> None:
         self.run_directory = RunDirectory.at(run_directory)
-        self.rank = rank
-        self.heartbeat = Heartbeat(rank)
+        self.rank = -1
+        self.heartbeat = Heartbeat(-1)
         self.stop_event = threading.Event()
         self._ended = threading.Event()
         self._outcome: dict[str, Any] = {}
+
+    def warm_up(self, device: str, environment: dict[str, str]) -> None:
+        """Import what training imports, and wait; for a spare.
+
+        Raises:
+            MemoryError: this node has too little memory for spares.
+        """
+        import psutil
+
+        available = psutil.virtual_memory().available
+        if available < MIN_SPARE_MEMORY:
+            raise MemoryError(f"{available / 2**30:.1f} GiB are free, too little for a spare worker")
+        _write_output_to(self.run_directory.logs / f"spare_{socket.gethostname()}_{os.getpid()}.log")
+        _set_environment(device, environment)
+        import deepspeed  # noqa: F401
+
+        import launcher.training.entry  # noqa: F401
+
+        sys.stdout.write("warm\n")
+
+    def join(self, rank: int) -> dict[str, Any]:
+        """Become a rank; returns node address, GPU ids, process id and a free port."""
+        import ray
+
+        self.rank = rank
+        self.heartbeat = Heartbeat(rank)
         _write_output_to(self.run_directory.rank_log(rank))
         sys.stdout.write(f"{ATTEMPT_MARK} {time.strftime('%F %T')} on {socket.gethostname()}, process {os.getpid()}\n")
-
-    def describe(self) -> dict[str, Any]:
-        """Node address, GPU ids, process id and a free port."""
-        import ray
 
         context = ray.get_runtime_context()
         with socket.socket() as probe:
@@ -100,14 +124,8 @@ class Worker:
 
     def start(self, placement: Placement, device: str, environment: dict[str, str]) -> None:
         """Begin training in a thread."""
-        for name, value in WORKER_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        os.environ["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", WORKER_ENVIRONMENT["OMP_NUM_THREADS"])
-        os.environ.update(environment)
+        _set_environment(device, environment)
         os.environ.update(placement.environment(device))
-        if device == "cpu":
-            # See upstream.avoid_compiler_import, which cannot be imported before torch may be.
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         threading.Thread(target=self._train, args=(placement,), name="training", daemon=True).start()
 
     def poll(self) -> Beat:
@@ -160,6 +178,18 @@ class Worker:
             "time": time.time(),
             "exception": type(error).__name__,
         }
+
+
+def _set_environment(device: str, environment: dict[str, str]) -> None:
+    """What must stand in the environment before torch and DeepSpeed are imported."""
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", WORKER_ENVIRONMENT["OMP_NUM_THREADS"])
+    os.environ["DS_ACCELERATOR"] = device
+    os.environ.update(environment)
+    if device == "cpu":
+        # See upstream.avoid_compiler_import, which cannot be imported before torch may be.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def _write_output_to(path: os.PathLike[str]) -> None:

@@ -1,5 +1,7 @@
 """The workers of one attempt: one actor a rank, in one placement group, laid out node by node."""
 
+import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,18 +9,33 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from launcher.checkpoints import folders
 from launcher.errors import ResourceError
+from launcher.orchestration.detection import Hang
 from launcher.orchestration.failure import Failure, FailureKind
+from launcher.orchestration.stacks import collect, end_silent
 from launcher.orchestration.supervisor import GroupStatus
+from launcher.orchestration.warm_pool import WarmPool
 from launcher.orchestration.worker import Placement, Worker
 from launcher.run_directory import RunDirectory
 from launcher.training.context import Beat
 
 POLL_INTERVAL_S = 1.0
 """Between two looks at the heartbeats. A rank's end does not wait for it: `ray.wait` returns at once."""
+MAX_STACKS = 16
+"""At most so many suspects' stacks are taken."""
+ANSWER_TIMEOUT_S = 0.2
+JOIN_TIMEOUT_S = 120.0
+LEAVING_INTERVAL_S = 5.0
+"""Between two questions which nodes are being drained."""
 PLACEMENT_TIMEOUT_S = 30.0
 """How long to wait for resources that the cluster has but that others hold at the moment."""
 
@@ -33,6 +50,8 @@ class GroupShape:
         cpus_per_worker: CPUs of each rank.
         device: `cuda` asks one GPU a rank.
         environment: set in every worker.
+        warm: keep spare workers.
+        warm_after_seconds: of training, before they are started.
     """
 
     nodes: int
@@ -40,6 +59,8 @@ class GroupShape:
     cpus_per_worker: float
     device: str
     environment: dict[str, str]
+    warm: bool = False
+    warm_after_seconds: float = 0.0
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -60,6 +81,11 @@ class WorkerGroup:
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._waits: dict[Any, int] = {}
+        self._questions: dict[Any, int] = {}
+        self._warm_from: float | None = None
+        self._pool = WarmPool(str(run_directory.path), shape.device, shape.environment) if shape.warm else None
+        self._asked_for_leaving = 0.0
+        self._known_leaving: tuple[str, ...] = ()
         self._beats: dict[int, Beat] = {}
         self._failures: list[Failure] = []
         self._results: dict[int, dict[str, Any]] = {}
@@ -82,21 +108,11 @@ class WorkerGroup:
         self._beats, self._failures, self._results, self.placements = {}, [], {}, []
         check_cluster(self.shape)
         self._group = self._reserve(avoid)
-        actor_class = ray.remote(Worker)
-        for rank in range(self.world_size):
-            strategy = PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=rank // self.shape.workers_per_node
-            )
-            options: dict[str, Any] = {"num_cpus": self.shape.cpus_per_worker, "scheduling_strategy": strategy}
-            if self.shape.device == "cuda":
-                options["num_gpus"] = 1
-            # Three threads: one blocks in wait(), one answers polls, one takes a stop request.
-            actor = actor_class.options(max_concurrency=3, max_restarts=0, **options).remote(
-                str(self.run_directory.path), rank
-            )
-            self._actors.append(actor)
+        self._actors = self._hire(self._group)
         try:
-            self.placements = ray.get([actor.describe.remote() for actor in self._actors], timeout=120)
+            self.placements = ray.get(
+                [actor.join.remote(rank) for rank, actor in enumerate(self._actors)], timeout=JOIN_TIMEOUT_S
+            )
         except (RayActorError, GetTimeoutError) as error:
             self._failures = [self._died(0, f"a worker did not start: {error}")]
             return
@@ -106,6 +122,59 @@ class WorkerGroup:
         ]
         self._waits = {actor.wait.remote(): rank for rank, actor in enumerate(self._actors)}
         del starts  # a failing start ends the actor or leaves its thread unstarted; wait() and poll() show it
+
+    def _hire(self, group: PlacementGroup) -> list[Any]:
+        """An actor for each rank: a spare of its node where one waits, a new one elsewhere."""
+        per_node, hired = self.shape.workers_per_node, []
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        actor_class = ray.remote(Worker)
+        for rank in range(self.world_size):
+            bundle = rank // per_node
+            spares = self._pool.take(nodes[bundle], 1) if self._pool is not None else []
+            if spares:
+                hired.append(spares[0])
+                continue
+            strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
+            options: dict[str, Any] = {"num_cpus": self.shape.cpus_per_worker, "scheduling_strategy": strategy}
+            if self.shape.device == "cuda":
+                options["num_gpus"] = 1
+            # Three threads: one blocks in wait(), one answers polls, one takes a stop request.
+            actor = actor_class.options(max_concurrency=3, max_restarts=0, **options)
+            hired.append(actor.remote(str(self.run_directory.path)))
+        self._warm_from = None
+        return hired
+
+    def _keep_warm(self) -> None:
+        """Start spares once training has run for a while: not while the workers need the cores for their own start."""
+        if self._pool is None or self._warm_from == math.inf:
+            return
+        if self._warm_from is None:
+            if any(beat.steps_made for beat in self._beats.values()):
+                self._warm_from = time.monotonic() + self.shape.warm_after_seconds
+        elif time.monotonic() >= self._warm_from:
+            self._warm_from = math.inf
+            self._pool.fill(sorted({place["node_id"] for place in self.placements}), self.shape.workers_per_node)
+
+    def saved_step(self) -> int:
+        """Step of the newest complete checkpoint, 0 without one."""
+        newest = folders.complete(self.run_directory.checkpoints)
+        return folders.step_of(newest[-1]) if newest else 0
+
+    def node_of(self, rank: int) -> str:
+        """Host name of a rank's node."""
+        return str(self.placements[rank]["hostname"]) if rank < len(self.placements) else ""
+
+    def examine(self, hang: Hang) -> str:
+        """Write the stacks of the suspects, and of one rank that waits for them, to `logs/hang-STEP/`.
+
+        Suspects that do not answer are killed then: Ray could not end them.
+        """
+        suspects = [suspect.rank for suspect in hang.suspects]
+        others = [rank for rank in range(self.world_size) if rank not in suspects]
+        folder = self.run_directory.logs / f"hang-{hang.suspects[0].step}"
+        written = collect(self.placements, [*suspects[:MAX_STACKS], *others[:1]], folder)
+        end_silent(self.placements, [suspect.rank for suspect in hang.suspects if suspect.silent])
+        return f"stacks: {', '.join(str(path) for path in written)}"
 
     def _reserve(self, avoid: Sequence[str]) -> PlacementGroup:
         fitting = fitting_nodes(self.shape)
@@ -156,7 +225,18 @@ class WorkerGroup:
             for reference in {*ended, *more}:
                 self._collect(reference)
         self._collect_beats()
-        return GroupStatus(dict(self._beats), list(self._failures), dict(self._results))
+        self._keep_warm()
+        return GroupStatus(dict(self._beats), list(self._failures), dict(self._results), self._leaving())
+
+    def _leaving(self) -> tuple[str, ...]:
+        """Nodes of the group that Ray was told to drain."""
+        if time.monotonic() - self._asked_for_leaving >= LEAVING_INTERVAL_S:
+            self._asked_for_leaving = time.monotonic()
+            draining = ray._private.state.state.get_draining_nodes()
+            self._known_leaving = tuple(
+                sorted({place["hostname"] for place in self.placements if place["node_id"] in draining})
+            )
+        return self._known_leaving
 
     def _collect(self, reference: Any) -> None:
         rank = self._waits.pop(reference)
@@ -175,15 +255,23 @@ class WorkerGroup:
             )
 
     def _collect_beats(self) -> None:
-        asked = {self._actors[rank].poll.remote(): rank for rank in self._waits.values()}
-        if not asked:
+        """Ask every rank that has answered the last question; one that hangs is not asked again and again."""
+        waiting = set(self._questions.values())
+        for rank in self._waits.values():
+            if rank not in waiting:
+                self._questions[self._actors[rank].poll.remote()] = rank
+        if not self._questions:
             return
-        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_INTERVAL_S)
+        # Most answer at once; what comes later is read at the next look.
+        ready, _ = ray.wait(list(self._questions), num_returns=len(self._questions), timeout=ANSWER_TIMEOUT_S)
         for reference in ready:
+            rank = self._questions.pop(reference)
             try:
-                self._beats[asked[reference]] = ray.get(reference)
+                beat = ray.get(reference)
             except RayError:
                 continue  # its wait() tells
+            if rank not in self._results:
+                self._beats[rank] = beat
 
     def _died(self, rank: int, why: str, *, preempted: bool = False) -> Failure:
         beat = self._beats.get(rank)
@@ -207,10 +295,16 @@ class WorkerGroup:
         """End every rank now and free the placement group."""
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
-        self._actors, self._waits = [], {}
+        self._actors, self._waits, self._questions = [], {}, {}
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
+
+    def close(self) -> None:
+        """End every rank and every spare."""
+        self.stop()
+        if self._pool is not None:
+            self._pool.close()
 
 
 def fitting_nodes(shape: GroupShape) -> list[dict[str, Any]]:
@@ -247,7 +341,10 @@ def _readable(resources: dict[str, float]) -> str:
 
 
 def _why_dead(error: RayError) -> str:
-    """The one line of Ray's long message that says why."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "exit" in line.lower() or "died" in line.lower() or "killed" in line.lower()]
-    return (telling or lines or [type(error).__name__])[-1]
+    """What of Ray's long message says why; the causes that Ray only supposes are left out."""
+    text = " ".join(str(error).split()).partition(" Some common causes")[0]
+    _, found, detail = text.partition("Worker exit detail: ")
+    if found:
+        return detail
+    sentences = [sentence for sentence in text.split(". ") if re.search(r"exit|died|dead|killed|memory", sentence)]
+    return (sentences or [text or type(error).__name__])[0]

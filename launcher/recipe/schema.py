@@ -383,6 +383,29 @@ class FaultToleranceSection(Section):
     """A node that failed so often gets no workers any more, if there are others; null: never."""
     wait_for_nodes_seconds: float = Field(default=600.0, ge=0)
     """How long a run that lost nodes waits for others before it gives up."""
+    hang_seconds: float | None = Field(default=None, gt=0)
+    """Training that makes no progress for so long hangs, and is started again; default: 30, or 5 steps if that is
+    more."""
+    stall_seconds: float = Field(default=1800.0, gt=0)
+    """The same for what has no visible progress: imports, building and loading the model, saving, the first steps."""
+    straggler_factor: float = Field(default=2.0, gt=1)
+    """A rank that loads data and computes so many times slower than the others is named."""
+    straggler_steps: int = Field(default=10, ge=1)
+    """So many steps in a row."""
+    on_bad_loss: Literal["stop", "rollback"] = "stop"
+    """When the loss is NaN or infinite, or a spike: end the run, or go back to the last checkpoint and leave the batch
+    out; what was left out stands in `skipped.jsonl`."""
+    loss_spike_factor: float | None = Field(default=None, gt=1)
+    """A loss so many times the median of the 50 steps before is a spike; null: only NaN and infinity are bad."""
+    max_bad_losses: int = Field(default=10, ge=0)
+    """So many times a run goes back because of a bad loss."""
+    warm_workers: bool = True
+    """Keep a spare process for each worker, on its node, that has imported everything, so that a restart need not; on
+    CPU. A node with less than 4 GiB free keeps none."""
+    warm_workers_after_seconds: float = Field(default=30.0, ge=0)
+    """Start the spares so long after the first step; a run that is over before needs none."""
+    preflight: bool = True
+    """Before a run of several nodes, compare them: versions, code, disks, clocks, the run directory, the network."""
     save_before_end_seconds: int = Field(default=300, ge=10, le=65_535)
     """How long before its time is over a job must save and stop; a step and a save must fit in. It goes on in the
     job's next start."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from launcher.checkpoints.fault_plan import enact
 from launcher.run_directory import RunDirectory
 
 
@@ -19,6 +20,8 @@ class Phase(StrEnum):
     LOAD = "load"
     DATA = "data"
     FORWARD = "forward"
+    AGREE = "agree"
+    """Waits for all ranks to say how many targets the global batch has; whoever is slow lets the others wait here."""
     BACKWARD = "backward"
     OPTIMIZER = "optimizer"
     EVALUATE = "evaluate"
@@ -27,7 +30,7 @@ class Phase(StrEnum):
     DONE = "done"
 
 
-STEP_PHASES = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
+STEP_PHASES = (Phase.DATA, Phase.FORWARD, Phase.AGREE, Phase.BACKWARD, Phase.OPTIMIZER)
 """What an optimizer step consists of."""
 
 
@@ -51,6 +54,7 @@ class Beat:
         spent_before_save: the same at the moment when the newest checkpoint was committed.
         saved_step: step of the newest checkpoint that this worker committed or began with.
         first_step_seconds: what the first step took, with everything that happens only once.
+        steps_made: optimizer steps that this worker has made itself.
     """
 
     rank: int
@@ -67,6 +71,7 @@ class Beat:
     spent_before_save: dict[str, float] = field(default_factory=dict)
     saved_step: int = 0
     first_step_seconds: float = 0.0
+    steps_made: int = 0
 
 
 class Heartbeat:
@@ -84,6 +89,7 @@ class Heartbeat:
         self._spent: dict[str, float] = {}
         self._spent_before_save: dict[str, float] = {}
         self._first_step_seconds = 0.0
+        self._steps_made = 0
         self._progress = 0
         self._lock = threading.Lock()
         self.timeline: dict[str, float] = {Phase.STARTING.value: self._since}
@@ -97,14 +103,12 @@ class Heartbeat:
             self._phase, self._entered, self._since = phase, now, time.time()
             self._progress += 1
         self.timeline.setdefault(phase.value, self._since)
-
-    def advance(self) -> None:
-        """Say that something got done within a long phase, such as one of many batches."""
-        self._progress += 1
+        enact(f"phase.{phase.value}", self.rank, self.step)
 
     def stepped(self, step: int) -> None:
         """Say that an optimizer step is complete."""
         self.step = step
+        self._steps_made += 1
         if "first_step" not in self.timeline:
             spent = self._read_spent()
             self._first_step_seconds = sum(spent.get(phase.value, 0.0) for phase in STEP_PHASES)
@@ -140,6 +144,7 @@ class Heartbeat:
             spent_before_save=self._spent_before_save,
             saved_step=self.saved_step,
             first_step_seconds=self._first_step_seconds,
+            steps_made=self._steps_made,
         )
 
     def _read_spent(self) -> dict[str, float]:

@@ -23,6 +23,7 @@ from launcher.training.evaluation import Evaluation, evaluate, generate
 from launcher.training.export import export_checkpoint
 from launcher.training.measuring import measure, write_evaluation
 from launcher.training.monitor import Monitor, Throughput, memory_bytes
+from launcher.training.numeric import LossWatch, Observed
 from launcher.training.passes import Passes, StepOutcome, counts, make_passes, own_part
 from launcher.training.save_triggers import SaveTriggers
 
@@ -60,6 +61,7 @@ class Session:
     progress: Progress
     max_steps: int
     monitor: Monitor | None
+    losses: LossWatch
     place: Coordinates
     passes: Passes
     collate: Collate
@@ -87,18 +89,37 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
         while not _finished(session) and not stop:
             heartbeat.enter(Phase.DATA)
             throughput.step_begins()
-            step_batch = next(loader)
+            step_batch = _next_batch(session, loader)
             learning_rate = float(session.engine.get_lr()[0])
             outcome = train_step(session, step_batch)
             throughput.step_ends(plan.batch.global_batch_size)
             progress.step += 1
             progress.consumed_samples = step_batch.consumed_samples
             heartbeat.stepped(progress.step)
+            _watch_loss(session, outcome)
             stop = outcome.stop
             _after_step(session, step_batch, outcome, learning_rate, throughput)
     finally:
         loader.close()
     return _finish(session, stopped=not _finished(session))
+
+
+def _watch_loss(session: Session, outcome: StepOutcome) -> None:
+    """Judge the loss of the step before, and begin to sum this one's."""
+    session.losses.check()
+    progress, size = session.progress, session.plan.batch.global_batch_size
+    begin, end = progress.consumed_samples - size, progress.consumed_samples
+    own = outcome.loss_sum if counts(session.plan, session.place) else torch.zeros_like(outcome.loss_sum)
+    session.losses.note(own, Observed(progress.step, begin, end, outcome.num_targets))
+
+
+def _next_batch(session: Session, loader: BatchLoader) -> StepBatch:
+    """The next batch whose samples are not left out."""
+    size = session.plan.batch.global_batch_size
+    while True:
+        batch = next(loader)
+        if not session.losses.is_skipped(batch.consumed_samples - size, batch.consumed_samples):
+            return batch
 
 
 def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, device: torch.device) -> Session:
@@ -129,6 +150,7 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
         progress=progress,
         max_steps=max_steps,
         monitor=monitor,
+        losses=LossWatch(plan.recipe.fault_tolerance, context.run_directory, context.rank),
         place=plan.layout.coordinates(context.rank),
         passes=make_passes(plan, engine, task, device, heartbeat),
         collate=own_part(task.collate, plan.layout, plan.layout.coordinates(context.rank)),
@@ -194,6 +216,7 @@ def _after_step(
         _evaluate(session)
     reason = _reason_to_save(session, outcome)
     if reason is not None:
+        session.losses.check()
         session.context.heartbeat.enter(Phase.SAVE)
         saved = session.checkpoints.save(session.engine, progress, reason)
         if saved:

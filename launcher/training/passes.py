@@ -70,6 +70,7 @@ class DirectPasses:
             heartbeat.enter(Phase.FORWARD)
             output = self.task.loss(engine, to_device(host_batch, self.device))
             if index == 0:
+                heartbeat.enter(Phase.AGREE)
                 num_targets, stop, save = agreement.read()
             heartbeat.enter(Phase.BACKWARD)
             engine.backward(output.loss_sum * (self._ranks / max(num_targets, 1)), scale_wrt_gas=False)

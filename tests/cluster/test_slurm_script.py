@@ -74,6 +74,13 @@ def test_gpus_by_gres_are_not_asked_for_twice(make_request):
     assert "gpus-per-node" not in found
 
 
+def test_a_time_limit_that_is_all_spent_on_saving_is_refused(make_request):
+    text = "save_before_end_seconds is 300, and Slurm may warn 60 s earlier, but slurm.time_limit 6 is all the time"
+    with pytest.raises(BackendError, match=text):
+        script(make_request, slurm={"time_limit": "6"})
+    assert "#SBATCH --time=7\n" in script(make_request, slurm={"time_limit": "7"})
+
+
 def test_containers(make_request):
     image = {"image": "reg/zf:1", "mounts": ["/shared:/shared", "/data:/data"], "arguments": ["--nv"]}
     pyxis = script(make_request, slurm={"container": {**image, "arguments": ["--container-writable"]}})

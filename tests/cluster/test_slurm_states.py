@@ -207,6 +207,12 @@ def test_cancel_lets_a_running_job_save_and_drops_a_waiting_one(fake_command, ma
     assert calls.read_text().splitlines() == ["1234"]
 
 
+def test_a_waiting_job_may_be_gone_when_it_is_asked_to_save(fake_command, make_record):
+    refusal = "scancel: error: Kill job error on job id 1234: Invalid job id specified"
+    fake_command("scancel", f'case "$1" in --state=RUNNING) echo "{refusal}" >&2; exit 1;; esac')
+    assert "if it still waits, it is cancelled" in BACKEND.cancel(make_record(), now=False)
+
+
 def test_cancel_passes_slurms_refusal_on(fake_command, make_record):
     fake_command(
         "scancel", "echo 'scancel: error: Kill job error on job id 1234: Access/permission denied' >&2; exit 1"

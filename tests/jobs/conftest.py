@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from tests.support.ray_cluster import HostRay, NetworkRay
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.sshd import SshServer
 
-LONG = 500
-"""Steps of the run that is interrupted, and of the uninterrupted one it is compared with: more than half a minute."""
+LONG = 300
+"""Steps of the uninterrupted run that others are compared with."""
 
 # The learning rate is constant, so that runs of different lengths make the same first steps.
 RECIPE = """
@@ -56,7 +56,6 @@ class Zerofleet:
     recipe: Path
     environment: dict[str, str]
     prefix: Callable[..., list[str]] = lambda *command: list(command)
-    submitted: list[str] = field(default_factory=list)
 
     def process(self, *arguments: str) -> subprocess.Popen[str]:
         command = self.prefix(sys.executable, "-P", "-m", "launcher.cli.main", *arguments)
@@ -83,9 +82,13 @@ class Zerofleet:
     def submit(self, profile: Path, run_directory: Path, *overrides: str) -> str:
         """Submit the recipe; returns the job's id."""
         options = ("--profile", str(profile), "--run-dir", str(run_directory), "--json")
-        record = json.loads(self.ok("submit", str(self.recipe), *overrides, *options))
-        self.submitted.append(record["id"])
-        return str(record["id"])
+        return str(json.loads(self.ok("submit", str(self.recipe), *overrides, *options))["id"])
+
+    def end_jobs(self, backend: str) -> None:
+        """End what still runs on a backend, while it can still be asked to."""
+        for path in (Path(self.environment["XDG_STATE_HOME"]) / "zerofleet" / "jobs").glob("*.json"):
+            if json.loads(path.read_text())["backend"] == backend:
+                self.run("cancel", path.stem, "--now", "--wait")
 
     def status(self, job: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.ok("status", job, "--json"))
@@ -128,12 +131,17 @@ def wait_for_step(run_directory: Path, step: int, timeout: float = 180) -> None:
 
 
 def processes_of(run_directory: Path) -> list[str]:
-    """Command lines of all processes that were started for the jobs of a run."""
+    """Command lines of all processes that were started for the jobs of a run, on whichever node: batch script and srun
+    (by their working directory), agents (by their arguments), and everything below them (by its environment)."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.environ().get(JOB_VARIABLE, "").startswith(f"{run_directory}/"):
-                found.append(" ".join(process.cmdline())[:200])
+            command, inherited = process.cmdline(), process.environ().get(JOB_VARIABLE, "")
+            if "launcher.cli.main" in command:  # a look at the job, or the test's own question about it
+                continue
+            is_agent = any(argument.startswith(f"{run_directory}/jobs/") for argument in command)
+            if inherited.startswith(f"{run_directory}/") or is_agent or process.cwd() == str(run_directory):
+                found.append(" ".join(command)[:200])
     return found
 
 
@@ -147,6 +155,13 @@ def write_profile(path: Path, **values: Any) -> Path:
     defaults = {"nodes": 2, "workers_per_node": 1, "device": "cpu"}
     path.write_text(json.dumps({**defaults, **values}))
     return path
+
+
+def workers(run_directory: Path) -> list[dict[str, Any]]:
+    """Where each rank of a run's last attempt is."""
+    events = read_json_lines(RunDirectory.at(run_directory).events)
+    found: list[dict[str, Any]] = next(event["workers"] for event in reversed(events) if event["state"] == "running")
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -170,18 +185,16 @@ def zerofleet(workplace: Path) -> Iterator[Zerofleet]:
     command = Zerofleet(recipe, environment)
     command.ok("prepare", str(recipe))
     yield command
-    for job in command.submitted:
-        command.run("cancel", job, "--now", "--wait")
+    command.end_jobs("local")
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(zerofleet: Zerofleet, workplace: Path) -> Iterator[Path]:
+def uninterrupted(zerofleet: Zerofleet, workplace: Path) -> Path:
     """The run that others are compared with: on the local backend, on two Ray nodes. It goes on while they run."""
     profile = write_profile(workplace / "local.yaml", backend="local")
     run_directory = workplace / "uninterrupted"
-    job = zerofleet.submit(profile, run_directory, f"max_steps={LONG}")
-    yield run_directory
-    zerofleet.run("cancel", job, "--now")
+    zerofleet.submit(profile, run_directory, f"max_steps={LONG}")
+    return run_directory
 
 
 @pytest.fixture(scope="session")
@@ -193,6 +206,7 @@ def slurm(zerofleet: Zerofleet) -> Iterator[SlurmCluster]:
         with SlurmCluster(Path(name), nodes=2) as cluster:
             zerofleet.environment.update(cluster.environment)
             yield cluster
+            zerofleet.end_jobs("slurm")
 
 
 @pytest.fixture
@@ -209,6 +223,7 @@ def ssh_server(zerofleet: Zerofleet) -> Iterator[SshServer]:
         pytest.skip(f"not installed: {', '.join(missing)} (see .ci/apt-packages.txt)")
     with tempfile.TemporaryDirectory(prefix="zfssh-") as name, SshServer(Path(name)) as server:
         yield server
+        zerofleet.end_jobs("ssh")
 
 
 @pytest.fixture(scope="session")
@@ -221,8 +236,10 @@ def ray_cluster(zerofleet: Zerofleet) -> Iterator[tuple[Zerofleet, dict[str, Any
         with HostRay() as host:
             command = replace(zerofleet, environment={**zerofleet.environment, **host.environment})
             yield command, {"backend": "ray", "ray": {"dashboard_address": host.url, "python": sys.executable}}
+            command.end_jobs("ray")
         return
     with tempfile.TemporaryDirectory(prefix="zfnet-") as name, Network(Path(name)) as lab, NetworkRay(lab) as cluster:
         environment = {**zerofleet.environment, **cluster.environment}
         command = replace(zerofleet, environment=environment, prefix=lab.machines[1].command)
         yield command, {"backend": "ray", "address": cluster.address, "ray": {"python": sys.executable}}
+        command.end_jobs("ray")

@@ -1,8 +1,10 @@
 """Jobs on this machine: what happens when parts of them fail, and that nothing is left of them."""
 
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -204,9 +206,20 @@ def test_a_machine_that_does_not_see_the_run_directory_says_so(tmp_path: Path):
         JobSpec.read(tmp_path / "elsewhere")
 
 
-def test_submitting_does_not_wait_for_the_end(make_request: Callable[..., JobRequest], tmp_path: Path):
-    go = tmp_path / "go"
-    waits = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists():\n    time.sleep(0.1)"
-    record = submit(make_request(waits))
-    go.touch()
+def test_a_driver_that_does_not_see_the_run_directory_says_so(tmp_path: Path):
+    """On a Ray cluster that was there before, the driver is the first to look."""
+    command = [sys.executable, "-P", "-m", "launcher.orchestration.driver", str(tmp_path / "elsewhere")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r".* does not see the run directory .*elsewhere: it must lie on a file system that all nodes share; .*\n",
+        done.stderr,
+    )
+
+
+def test_submitting_does_not_wait_for_the_run(make_request: Callable[..., JobRequest], tmp_path: Path):
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.1)"
+    record = submit(make_request(wait))
+    assert status(record).state is JobState.RUNNING
+    (tmp_path / "go").touch()
     assert wait_for_end(record).state is JobState.COMPLETED

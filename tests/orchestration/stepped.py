@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from launcher.orchestration.detection import Hang
 from launcher.orchestration.failure import Failure, FailureKind
 from launcher.orchestration.policy import FailurePolicy
 from launcher.orchestration.supervisor import GroupStatus, RunState, Supervisor
@@ -85,6 +86,16 @@ class ScriptedGroup:
         problem = self.starts.pop(0) if self.starts else None
         if problem is not None:
             raise problem
+
+    def saved_step(self) -> int:
+        return 0
+
+    def node_of(self, rank: int) -> str:
+        return f"n{rank}"
+
+    def examine(self, hang: Hang) -> str:
+        self.calls.append("examine")
+        return "stacks: here"
 
     def poll(self) -> GroupStatus:
         self.clock.now += 0.5

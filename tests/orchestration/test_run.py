@@ -12,6 +12,7 @@ import pytest
 
 from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import read_manifest
+from launcher.orchestration.journal import read_account
 from launcher.run_directory import RunDirectory, read_json_lines
 from tests.orchestration.conftest import Zerofleet, records, wait_for, wait_for_step, worker_pids
 
@@ -23,6 +24,7 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(
 ) -> None:
     directory = RunDirectory.at(tmp_path / "run")
     process = zerofleet.start("run", str(zerofleet.recipe), "--run-dir", str(directory.path))
+    began = psutil.Process(process.pid).create_time()
     wait_for_step(directory, 7)
     victim = worker_pids(directory)[1]
     os.kill(victim, signal.SIGKILL)
@@ -36,9 +38,21 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(
     assert records(directory) == records(uninterrupted)
     attempts = read_json_lines(directory.attempts)
     assert [(attempt["attempt"], attempt["outcome"]) for attempt in attempts] == [(1, "recovering"), (2, "complete")]
+    check_account(directory, began, time.time())
     assert "resuming" not in err  # the driver says so only when it starts on an old run
     for pid in worker_pids(directory).values():
         wait_for(lambda pid=pid: not psutil.pid_exists(pid), f"end of worker {pid}")
+
+
+def check_account(directory: RunDirectory, began: float, ended: float) -> None:
+    """The account covers the command's life from its first moment to the run's end, and its parts add up."""
+    found = read_account(directory)
+    assert sum(found.seconds.values()) == pytest.approx(found.wall, rel=1e-3)
+    assert found.spans[0].begin == pytest.approx(began, abs=0.1)
+    assert found.spans[-1].end <= ended
+    (incident,) = found.incidents
+    assert 0 < found.cost(incident) < found.wall
+    assert {"training", "checkpoint", "lost work", "recovery: import", "start-up: import"} <= set(found.seconds)
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(

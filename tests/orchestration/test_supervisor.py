@@ -156,3 +156,26 @@ def test_a_node_that_fails_again_and_again_is_left_out() -> None:
     assert run.run() is RunState.COMPLETE
     assert run.group.avoided == [(), (), ("n2",)]
     assert [facts.get("excluded") for facts in run.facts(RunState.RECOVERING)] == [None, ["n2"]]
+
+
+def test_a_run_moves_away_from_a_node_that_is_about_to_be_taken() -> None:
+    healthy = {0: beat(saved_step=5)}
+    leaving = GroupStatus(healthy, leaving=("n2",))
+    run = Stepped.over(leaving, leaving, GroupStatus({0: beat(saved_step=7)}, results=results("stopped")), COMPLETE)
+    assert run.run() is RunState.COMPLETE
+    assert run.states == [
+        *(RunState.RUNNING, RunState.DRAINING, RunState.RECOVERING, RunState.RUNNING, RunState.COMPLETE)
+    ]
+    assert run.group.calls == ["start 1", "request_stop", "stop", "start 2", "stop"]
+    assert run.group.avoided == [(), ("n2",)]
+    (facts,) = run.facts(RunState.RECOVERING)
+    assert (facts["category"], facts["budget"], facts["saved_step"]) == ("preemption", "preemption", 7)
+
+
+def test_who_asks_to_stop_while_the_run_moves_is_heard() -> None:
+    leaving = GroupStatus({0: beat()}, leaving=("n2",))
+    run = Stepped.over(leaving, leaving, GroupStatus(results=results("stopped")))
+    run.supervisor.step()
+    run.supervisor.step()
+    run.supervisor.request_stop("Ctrl-C")
+    assert run.run() is RunState.STOPPED

@@ -33,10 +33,12 @@ class NetworkRay:
     Attributes:
         network: the machines.
         cpus: that each hands out.
+        environment_of: more environment of a machine's Ray, by its name.
     """
 
     network: Network
     cpus: int = 2
+    environment_of: dict[str, dict[str, str]] = field(default_factory=dict)
     token: str = field(default_factory=lambda: secrets.token_hex(16))
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -66,7 +68,7 @@ class NetworkRay:
         with (self.network.folder / f"ray-{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 [*prefix, *command, f"--temp-dir={temporary}"],
-                env={**os.environ, **self.environment},
+                env={**os.environ, **self.environment, **self.environment_of.get(name, {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
