@@ -62,7 +62,7 @@ def build_model(plan: Plan, auto_class: Any, config: Any = None) -> PreTrainedMo
         ModelError: transformers refuses the model.
     """
     config = build_config(plan) if config is None else config
-    attention = plan.recipe.model.attn_implementation
+    attention = _attention(plan, auto_class, config)
     try:
         if plan.recipe.model.model_name_or_path is not None:
             model = _pretrained(plan, auto_class, config, attention)
@@ -74,6 +74,18 @@ def build_model(plan: Plan, auto_class: Any, config: Any = None) -> PreTrainedMo
     if plan.recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _attention(plan: Plan, auto_class: Any, config: Any) -> str:
+    """The recipe's attention kernel; `eager` for families that have no `sdpa` (a ResNet has no attention at all)."""
+    wanted = plan.recipe.model.attn_implementation
+    mapping = auto_class._model_mapping
+    if wanted == "sdpa" and type(config) in mapping:
+        found = mapping[type(config)]
+        models = found if isinstance(found, tuple | list) else [found]
+        if not any(model._supports_sdpa for model in models):
+            return "eager"
+    return wanted
 
 
 def _from_scratch(plan: Plan, auto_class: Any, config: Any, attention: str) -> PreTrainedModel:

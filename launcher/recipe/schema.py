@@ -29,7 +29,7 @@ class ModelSection(Section):
     """Train from random weights with this transformers configuration: a mapping with `model_type`, or the path of a
     `config.json`."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention kernel, as in transformers."""
+    """Attention kernel, as in transformers; `sdpa` means `eager` for a family that has no `sdpa`."""
     freeze: tuple[str, ...] = ()
     """Globs of parameters that are not trained, matched against their names (`*.embeddings.*`; `*`: all)."""
     unfreeze: tuple[str, ...] = ()
@@ -319,7 +319,12 @@ class EvaluationSection(Section):
     max_eval_samples: int | None = Field(default=None, ge=1)
     """At most so many validation samples at each evaluation: always the same ones, spread evenly over all of them."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
-    """Stop after so many evaluations without improvement of the loss."""
+    """Stop after so many evaluations without improvement of metric_for_best_model."""
+    metric_for_best_model: str = "loss"
+    """What early stopping, checkpoint.keep_best and export.checkpoint watch: `loss`, or a metric of the task, such as
+    `f1_macro`."""
+    greater_is_better: bool | None = None
+    """Whether a larger value of it is better; default: yes, but for losses and errors."""
     early_stopping_threshold: float = Field(default=0.0, ge=0)
     """An improvement smaller than this does not count."""
     generate: GenerationSection = GenerationSection()
@@ -364,6 +369,8 @@ class ExportSection(Section):
     """Export when the run completes; `zerofleet export` does it at any time."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of the exported weights; default: training.precision."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which checkpoint is exported at the end: the last one, or the best one that is kept (checkpoint.keep_best)."""
 
 
 class FaultToleranceSection(Section):

@@ -38,9 +38,10 @@ class Progress:
     Attributes:
         step: optimizer steps completed.
         consumed_samples: samples of the global order already trained on.
-        best_eval_loss: lowest validation loss so far.
+        best_eval_loss: lowest validation loss (or watched metric, smaller is better) so far.
         evaluations_without_improvement: for early stopping.
         eval_loss: validation loss measured at step `eval_step`.
+        eval_score: the watched metric of that step, smaller is better.
         eval_step: step of the last evaluation.
     """
 
@@ -49,6 +50,7 @@ class Progress:
     best_eval_loss: float | None = None
     evaluations_without_improvement: int = 0
     eval_loss: float | None = None
+    eval_score: float | None = None
     eval_step: int = -1
 
 
@@ -77,6 +79,7 @@ class CheckpointManager:
         self.files = CheckpointFiles(self.rank)
         self.failed_saves = 0
         self._saves = 0
+        self._saves_adapter = False
         self._attempt = check_shared(directory)
 
     def save(self, engine: Any, progress: Progress, reason: str = "interval") -> bool:
@@ -91,6 +94,9 @@ class CheckpointManager:
         folder = self._new_folder(progress.step)
         engine.checkpoint_engine = self.files
         upstream.leave_out_recovery_scripts(engine)
+        if self.plan.recipe.adapter is not None and not self._saves_adapter:
+            upstream.leave_out_frozen_aliases(engine)
+            self._saves_adapter = True
         errors = folder.make()
         if not errors:
             self.files.begin(folder.incomplete)
@@ -250,6 +256,7 @@ class CheckpointManager:
             best_eval_loss=progress.best_eval_loss,
             evaluations_without_improvement=progress.evaluations_without_improvement,
             eval_loss=progress.eval_loss if progress.eval_step == progress.step else None,
+            eval_score=progress.eval_score if progress.eval_step == progress.step else None,
             rng={"seed": recipe.seed, "each_step": "blake2b(seed:step:rank)"},
             versions={name: version(name) for name in WRITERS},
             saved_at=time.time(),

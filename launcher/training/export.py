@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
+from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import faults_of, read_manifest
+from launcher.checkpoints.retention import candidate_of
 from launcher.data.store import PreparedData
 from launcher.errors import CheckpointError, StorageError
 from launcher.models.build import DTYPES
@@ -17,6 +19,17 @@ from launcher.planning.plan import Plan
 from launcher.recipe.tasks import TASKS
 from launcher.tasks import make_task
 from launcher.training.consolidation import consolidated_state_dict, trained_state_dict
+
+
+def checkpoint_to_export(checkpoints: Path, plan: Plan) -> Path:
+    """The newest complete checkpoint, or the best one, as `export.checkpoint` says."""
+    present = folders.complete(checkpoints)
+    if plan.recipe.export.checkpoint == "best":
+        scores = [(candidate.eval_loss, folder) for folder in present
+                  if (candidate := candidate_of(folder)).eval_loss is not None]  # fmt: skip
+        if scores:
+            return min(scores)[1]
+    return present[-1]
 
 
 def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, target: Path) -> Path:

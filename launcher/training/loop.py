@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from launcher.checkpoints import folders
 from launcher.data.loader import BatchLoader, Collate, StepBatch
 from launcher.data.sampler import GlobalOrder
 from launcher.data.store import PreparedData
@@ -20,8 +19,8 @@ from launcher.training.context import Phase, WorkerContext
 from launcher.training.distributed import Agreement, max_over_ranks, sum_over_ranks
 from launcher.training.engine import build_engine, total_steps
 from launcher.training.evaluation import Evaluation, evaluate, generate
-from launcher.training.export import export_checkpoint
-from launcher.training.measuring import measure, write_evaluation
+from launcher.training.export import checkpoint_to_export, export_checkpoint
+from launcher.training.measuring import measure, watched_score, write_evaluation
 from launcher.training.monitor import Monitor, Throughput, memory_bytes
 from launcher.training.numeric import LossWatch, Observed
 from launcher.training.passes import Passes, StepOutcome, counts, make_passes, own_part
@@ -272,10 +271,10 @@ def _evaluate(session: Session) -> Evaluation | None:
         )
     else:
         result = evaluate(session.passes, session.collate, datasets, session.plan, session.place, session.device)
-    best = progress.best_eval_loss
-    progress.eval_loss, progress.eval_step = result.loss, progress.step
-    if best is None or result.loss < best - settings.early_stopping_threshold:
-        progress.best_eval_loss, progress.evaluations_without_improvement = result.loss, 0
+    best, score = progress.best_eval_loss, watched_score(settings, result, metrics)
+    progress.eval_loss, progress.eval_score, progress.eval_step = result.loss, score, progress.step
+    if best is None or score < best - settings.early_stopping_threshold:
+        progress.best_eval_loss, progress.evaluations_without_improvement = score, 0
     else:
         progress.evaluations_without_improvement += 1
     texts = generate(
@@ -302,8 +301,8 @@ def _finish(session: Session, *, stopped: bool) -> TrainResult:
     plan, progress, run_directory = session.plan, session.progress, session.context.run_directory
     if session.context.rank == 0 and not stopped and plan.recipe.export.at_end:
         session.context.heartbeat.enter(Phase.EXPORT)
-        newest = folders.complete(run_directory.checkpoints)[-1]
-        export_checkpoint(newest, plan, session.prepared.tokenizer_directory, run_directory.export)
+        chosen = checkpoint_to_export(run_directory.checkpoints, plan)
+        export_checkpoint(chosen, plan, session.prepared.tokenizer_directory, run_directory.export)
     metrics: dict[str, Any] = {}
     if session.monitor is not None:
         session.monitor.close()

@@ -8,9 +8,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from cluster.validation import near_match
 from launcher.data.loader import evaluation_batches
 from launcher.data.sampler import evaluation_rows
+from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
+from launcher.recipe.schema import EvaluationSection
 from launcher.run_directory import RunDirectory, write_atomically
 from launcher.tasks import Metrics, Sample, Task
 from launcher.training.distributed import broadcast, sum_over_ranks
@@ -62,6 +65,27 @@ def measure(
         metrics = task.metrics([by_position[position] for position in range(total)], _Chosen(datasets, limit))
     values = broadcast(lambda: metrics.values)
     return evaluation, Metrics(values, metrics.report, metrics.text)
+
+
+SMALLER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity")
+"""Ends of the names of metrics of which less is better."""
+
+
+def watched_score(section: EvaluationSection, evaluation: Evaluation, metrics: Metrics) -> float:
+    """The watched metric as a loss is: smaller is better.
+
+    Raises:
+        RecipeError: the task has no such metric; says which it has.
+    """
+    name = section.metric_for_best_model
+    known = {"loss": evaluation.loss, **metrics.values}
+    if name not in known:
+        text = f"there is no metric {name!r}; {near_match(name, list(known)) or 'known: ' + ', '.join(known)}"
+        raise RecipeError.single("evaluation.metric_for_best_model", text)
+    greater = section.greater_is_better
+    if greater is None:
+        greater = not name.endswith(SMALLER_IS_BETTER)
+    return -known[name] if greater else known[name]
 
 
 class _Chosen(Sequence[Sample]):
