@@ -14,6 +14,7 @@ from launcher.planning.layout import Coordinates
 from launcher.planning.plan import Plan
 from launcher.run_directory import append_json_line, read_json_lines
 from launcher.tasks import Metrics, Task, make_task
+from launcher.training.batch_norm import share_running_statistics
 from launcher.training.checkpoint import CheckpointManager, Progress
 from launcher.training.context import Phase, WorkerContext
 from launcher.training.distributed import Agreement, max_over_ranks, sum_over_ranks
@@ -217,6 +218,7 @@ def _after_step(
     if reason is not None:
         session.losses.check()
         session.context.heartbeat.enter(Phase.SAVE)
+        share_running_statistics(session.engine.module)
         saved = session.checkpoints.save(session.engine, progress, reason)
         if saved:
             session.context.heartbeat.saved(progress.step)
@@ -264,6 +266,7 @@ def _evaluate(session: Session) -> Evaluation | None:
         return None
     session.context.heartbeat.enter(Phase.EVALUATE)
     settings, progress = session.plan.recipe.evaluation, session.progress
+    share_running_statistics(session.engine.module)
     metrics = Metrics()
     if session.task.has_metrics:
         result, metrics = measure(

@@ -65,8 +65,8 @@ def averaging_ranks(layout: Layout, zero_stage: int) -> int:
 def leave_out_frozen_aliases(engine: Any) -> None:
     """Let `save_checkpoint(exclude_frozen_parameters=True)` leave out frozen weights under all of their names.
 
-    DeepSpeed (`runtime/engine.py: module_state_dict`) walks `named_parameters()`, which tells a shared weight's first name
-    only: the embeddings that peft's prompt methods hold a second time stayed in every checkpoint.
+    DeepSpeed (`runtime/engine.py: module_state_dict`) walks `named_parameters()`, which tells a shared weight's first
+    name only: the embeddings that peft's prompt methods hold a second time stayed in every checkpoint.
     """
     original = engine.module_state_dict
 
