@@ -23,5 +23,5 @@ def share_running_statistics(model: nn.Module) -> None:
     together = torch.cat([buffer.double().flatten() for buffer in buffers])
     dist.all_reduce(together)
     together /= dist.get_world_size()
-    for buffer, part in zip(buffers, together.split([buffer.numel() for buffer in buffers]), strict=True):
+    for buffer, part in zip(buffers, torch.split(together, [buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))
