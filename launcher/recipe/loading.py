@@ -114,6 +114,11 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
                     else _absolute(data.cache_directory, folder),
                 }
             ),
+            "distillation": None
+            if recipe.distillation is None
+            else recipe.distillation.model_copy(
+                update={"teacher_name_or_path": _name_or_path(recipe.distillation.teacher_name_or_path, folder)}
+            ),
             "deepspeed": deepspeed.model_copy(update={"config": deepspeed_config}),
         }
     )

@@ -12,6 +12,7 @@ from launcher.recipe.section import Section
 from launcher.recipe.task_sections import (
     AdapterSection,
     ClassificationSection,
+    DistillationSection,
     ImageSection,
     MaskedLanguageModellingSection,
     PreferenceSection,
@@ -436,6 +437,8 @@ class Recipe(Section):
     image: ImageSection = ImageSection()
     adapter: AdapterSection | None = None
     """Train added weights instead of the model's own; checkpoints then hold only what is trained."""
+    distillation: DistillationSection | None = None
+    """Learn from a teacher too, while training."""
     masked_lm: MaskedLanguageModellingSection = MaskedLanguageModellingSection()
     preference: PreferenceSection = PreferenceSection()
     seq2seq: SequenceToSequenceSection = SequenceToSequenceSection()
@@ -471,6 +474,13 @@ class Recipe(Section):
             > 1
         ):
             raise ValueError(f"task {self.task} is data parallel only, with any ZeRO stage: leave parallel out")
+        if self.distillation is not None:
+            if self.task not in ("causal_lm", "sequence_classification"):
+                raise ValueError(f"distillation is for causal_lm and sequence_classification, not for {self.task}")
+            if self.task != "causal_lm" and self.classification.problem_type != "single_label":
+                raise ValueError("distillation needs classes that exclude one another: problem_type single_label")
+            if max(sizes.tensor_parallel_size, sizes.pipeline_parallel_size, sizes.sequence_parallel_size) > 1:
+                raise ValueError("distillation is data parallel, with any ZeRO stage: leave parallel out")
         if self.adapter is not None:
             if self.model.freeze or self.model.unfreeze:
                 raise ValueError(

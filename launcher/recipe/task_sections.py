@@ -136,3 +136,15 @@ class PreferenceSection(Section):
     """Strength: of staying near the reference (DPO, IPO), of the odds ratio (ORPO), of the difference (SimPO)."""
     gamma: float = Field(default=0.5, ge=0)
     """Margin that SimPO asks for."""
+
+
+class DistillationSection(Section):
+    """Learn from a teacher besides the true targets (`causal_lm` and `sequence_classification`)."""
+
+    teacher_name_or_path: str
+    """Folder or hub name of the teacher: a model of the same kind with the same tokens, or the same classes. Every
+    worker holds it whole."""
+    temperature: float = Field(default=2.0, gt=0)
+    """Both models' logits are divided by it."""
+    weight: float = Field(default=0.5, ge=0, le=1)
+    """Share of the teacher in the loss; the rest is that of the true targets."""

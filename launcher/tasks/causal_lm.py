@@ -1,6 +1,6 @@
 """Causal language modelling: predict each token from the ones before it in its document."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from launcher.data.examples import ExampleEncoder
 from launcher.models.parallel import cross_entropy_sum
+from launcher.planning.plan import Plan
 from launcher.recipe.schema import Recipe, reads_packed_text
 from launcher.tasks.base import Batch, LossOutput, Sample, Task
 from launcher.tasks.conversations import ConversationEncoder
+from launcher.tasks.distillation import Teacher, distilled, soft_loss
 from launcher.tasks.padding import pad
 
 IGNORED = -100
@@ -28,6 +30,10 @@ class CausalLanguageModelling(Task):
 
     auto_class = AutoModelForCausalLM
     adapter_task = "CAUSAL_LM"
+
+    def __init__(self, plan: Plan, facts: Mapping[str, Any]) -> None:
+        super().__init__(plan, facts)
+        self._teacher: Teacher | None = None
 
     @classmethod
     def encoder(cls, recipe: Recipe) -> ExampleEncoder | None:
@@ -64,4 +70,11 @@ class CausalLanguageModelling(Task):
         labels = batch["labels"]
         logits = logits[:, -labels.shape[1] :]  # a learnt prompt has positions of its own before the text's
         loss_sum = cross_entropy_sum(model, logits, labels, IGNORED)
+        section = self.plan.recipe.distillation
+        if section is not None and model.training:
+            if self._teacher is None:
+                self._teacher = Teacher(section, self.auto_class, logits.shape[-1])
+            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+            theirs = self._teacher.logits(labels.device, **inputs)
+            loss_sum = distilled(loss_sum, soft_loss(logits, theirs, labels != IGNORED, section.temperature), section)
         return LossOutput(loss_sum, (labels != IGNORED).sum())

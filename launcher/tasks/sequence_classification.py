@@ -1,6 +1,7 @@
 """Sequence classification: a class, several classes or a number for a text or a pair of texts."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from launcher.tasks.classification import (
     classification_metrics,
     is_counted,
 )
+from launcher.tasks.distillation import Teacher, distilled, soft_loss
 from launcher.tasks.padding import pad, padding_token
 
 HF_PROBLEM_TYPES = {
@@ -104,6 +106,7 @@ class SequenceClassification(Task):
         super().__init__(plan, facts)
         self.section = plan.recipe.classification
         self.weights = class_weights(self.section, facts)
+        self._teacher: Teacher | None = None
 
     @classmethod
     def encoder(cls, recipe: Recipe) -> SequenceClassificationEncoder:
@@ -130,7 +133,16 @@ class SequenceClassification(Task):
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if reads_token_types(model):
             inputs["token_type_ids"] = batch["token_type_ids"]
-        return classification_loss(model(**inputs).logits, batch["labels"], self.section, self.weights)
+        logits = model(**inputs).logits
+        output = classification_loss(logits, batch["labels"], self.section, self.weights)
+        section = self.plan.recipe.distillation
+        if section is None or not model.training:
+            return output
+        if self._teacher is None:
+            self._teacher = Teacher(section, self.auto_class, logits.shape[-1], tuple(self.facts["labels"]))
+        theirs = self._teacher.logits(logits.device, **inputs)
+        soft = soft_loss(logits, theirs, is_counted(batch["labels"]), section.temperature)
+        return replace(output, loss_sum=distilled(output.loss_sum, soft, section))
 
     def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
         """Measure with scikit-learn."""
