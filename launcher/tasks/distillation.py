@@ -37,8 +37,8 @@ class Teacher:
         if theirs != outputs:
             kind = "classes" if labels else "tokens"
             raise ModelError(
-                f"distillation.teacher_name_or_path: the teacher {name} has {theirs} {kind}, the student {outputs}; they "
-                "must be the same ones"
+                f"distillation.teacher_name_or_path: the teacher {name} has {theirs} {kind}, the student "
+                f"{outputs}; they must be the same ones"
             )
         if labels and (names := tuple(config.id2label[number] for number in range(theirs))) != labels:
             raise ModelError(

@@ -183,7 +183,10 @@ class Preference(Task):
         # An answer ends its text: positions up to its last label are text, later ones padding.
         text = (labels != IGNORED).flip(1).cumsum(dim=1).flip(1) > 0
         targets = torch.where(text, ids, IGNORED)
-        return F.cross_entropy(logits[:pairs, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED)
+        total = F.cross_entropy(
+            logits[:pairs, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return total / (targets[:, 1:] != IGNORED).sum().clamp(min=1)  # a batch may hold nothing but fillers
 
     @contextmanager
     def _reference(self, model: Any) -> Iterator[Any]:

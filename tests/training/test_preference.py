@@ -178,6 +178,14 @@ def test_an_adapters_reference_is_the_model_without_it(tmp_path: Path, model_fol
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("method", ["dpo", "ipo", "orpo", "simpo"])
+def test_a_batch_of_nothing_but_fillers_counts_nothing(tmp_path: Path, model_folder: Path, method: str) -> None:
+    task, _, samples = prepared_batch(tmp_path, model_folder, preference={"method": method})
+    with torch.no_grad():
+        output = task.loss(other_model(model_folder), task.collate([without_targets(sample) for sample in samples]))
+    assert (output.loss_sum.item(), int(output.num_targets)) == (0.0, 0)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", ["dpo", "ipo", "orpo", "simpo", "lora", "reward_model"])
 def test_two_workers_learn_which_answer_is_better(

@@ -28,7 +28,9 @@ T5 = (
 
 
 def sources() -> list[str]:
-    return [path.read_text() for name in ("json", "email") for path in sorted(Path(STDLIB, name).glob("*.py"))]
+    return [
+        path.read_text() for name in ("json", "email", "asyncio") for path in sorted(Path(STDLIB, name).glob("*.py"))
+    ]
 
 
 def python_words() -> list[dict[str, Any]]:
@@ -115,7 +117,7 @@ def test_the_loss_is_that_of_transformers(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("name", "steps"), [("token_classification", 60), ("question_answering", 60), ("seq2seq_lm", 60)]
+    ("name", "steps"), [("token_classification", 60), ("question_answering", 100), ("seq2seq_lm", 60)]
 )
 def test_two_workers_learn_it(tmp_path: Path, two_ranks: Ranks, name: str, steps: int) -> None:
     directory, _, prepared = make(
@@ -127,7 +129,7 @@ def test_two_workers_learn_it(tmp_path: Path, two_ranks: Ranks, name: str, steps
     if name == "token_classification":
         assert records[-1]["eval_accuracy"] > records[-1]["eval_majority_accuracy"] + 0.1
     elif name == "question_answering":
-        assert records[-1]["eval_exact_match"] > max(records[0]["eval_exact_match"], 0.1)
+        assert records[-1]["eval_exact_match"] > records[0]["eval_exact_match"] + 0.1
     else:
         assert records[-1]["eval_loss"] < records[0]["eval_loss"] - 0.5
 
