@@ -134,7 +134,9 @@ def _pretrained(plan: Plan, auto_class: Any, config: Any, attention: str) -> Pre
     return model
 
 
-def initialize_weights(model: PreTrainedModel, seed: int, *, partitioned: bool) -> None:
+def initialize_weights(
+    model: PreTrainedModel, seed: int, *, partitioned: bool, only: tuple[str, nn.Module] | None = None
+) -> None:
     """Give every module its transformers initialisation, each under a seed made of `seed` and the module's name.
 
     Children come before their parents, as in `PreTrainedModel.initialize_weights`, because some families rescale a
@@ -144,10 +146,12 @@ def initialize_weights(model: PreTrainedModel, seed: int, *, partitioned: bool) 
         model: built with initialisation suppressed.
         seed: of the recipe.
         partitioned: the parameters are ZeRO-3 shards: gather each module's own and its children's, on all ranks.
+        only: not the whole model but a module that stands in it under this name.
     """
+    prefix, root = only or ("", model)
     state = torch.random.get_rng_state()
     with torch.no_grad(), guard_torch_init_functions():
-        for name, module, owner in _post_order(model, "", model):
+        for name, module, owner in _post_order(root, prefix, model):
             torch.manual_seed(_module_seed(seed, name))
             with _gathered(module, partitioned) as writable:
                 if writable:

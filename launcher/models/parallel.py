@@ -1,11 +1,44 @@
-"""What a model needs around it so that it can be spread over ranks: losses on shards of the vocabulary."""
+"""What a model needs so that tensor-parallel ranks share it: divided matrices, losses on parts of the vocabulary."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812 (the name that every PyTorch reader expects)
-from torch import Tensor
+from torch import Tensor, nn
+
+COLUMN = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+"""Matrices whose outputs are divided among tensor-parallel ranks (Shoeybi et al., arXiv 1909.08053)."""
+ROW = frozenset({"o_proj", "down_proj"})
+"""Matrices whose inputs are divided; the results are summed, and a bias is added once."""
+
+
+def with_divided_matrices(layer: nn.Module, group: Any) -> None:
+    """Put DeepSpeed's tensor-parallel layers in the place of a decoder layer's matrices; each keeps a rank's part."""
+    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
+
+    for parent in [*layer.modules()]:
+        for name, child in [*parent.named_children()]:
+            if name in COLUMN:
+                setattr(parent, name, LinearLayer(child, group, name=name))
+            elif name in ROW:
+                setattr(parent, name, LinearAllreduce(child, group, name=name))
+
+
+def vocabulary_linear(head: nn.Module, group: Any) -> Any:
+    """An output head of which each tensor-parallel rank keeps a part of the vocabulary."""
+    from deepspeed.module_inject.layers import VocabParallelLinear
+
+    return VocabParallelLinear(head, group, name="lm_head")
+
+
+def vocabulary_embedding(embedding: nn.Module, group: Any) -> Any:
+    """The same for an embedding that is tied to the head."""
+    from deepspeed.module_inject.layers import VocabParallelEmbedding
+
+    divided = VocabParallelEmbedding(embedding, group, name="embed_tokens")
+    divided.is_vocab_parallel_lm_head, divided.gather_output = True, False
+    return divided
 
 
 def vocabulary_head(model: Any) -> Any | None:

@@ -16,6 +16,10 @@ from launcher.recipe.schema import Recipe
 
 _ALL_STAGES = frozenset({0, 1, 2, 3})
 _ALL_PRECISIONS = frozenset({"fp32", "bf16", "fp16"})
+_PIPELINE_STAGES = (
+    "DeepSpeed's pipeline refuses stages 2 and 3 (runtime/pipe/engine.py), and under stage 0 clips by a wrong norm, "
+    "which leaves out the parameters of all stages but one (runtime/utils.py: clip_grad_norm_)"
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,24 @@ COMBINATIONS: tuple[Combination, ...] = (
         source="runtime/sequence_parallel/ulysses_sp.py (Ulysses, ALST)",
         test="test_layouts_sequence.py",
     ),
+    Combination(
+        groups=frozenset({"pipeline"}),
+        zero_stages=frozenset({1}),
+        precisions=frozenset({"fp32", "bf16"}),
+        offload=False,
+        reason=_PIPELINE_STAGES,
+        source="runtime/pipe/engine.py, runtime/pipe/module.py (PipelineModule)",
+        test="test_layouts_pipeline.py",
+    ),
+    Combination(
+        groups=frozenset({"tensor", "pipeline"}),
+        zero_stages=frozenset({1}),
+        precisions=frozenset({"fp32", "bf16"}),
+        offload=False,
+        reason=_PIPELINE_STAGES,
+        source="runtime/pipe/topology.py (PipeModelDataParallelTopology), module_inject/layers.py",
+        test="test_layouts_pipeline.py",
+    ),
 )
 """Every legal combination. The search of layouts enumerates these rows and nothing else."""
 
@@ -80,8 +102,17 @@ FAMILIES_BY_KIND: dict[str, frozenset[str]] = {
         }
     ),
     "sequence": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"}),
+    "pipeline": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}),
+    "expert": frozenset(),
 }
 """Families that a test of ours has trained with each kind of groups."""
+
+_TENSOR_IN_PIPELINE = frozenset({"llama", "mistral", "qwen2"})
+"""Families whose matrices are divided inside of stages. Qwen 3 and Gemma 3 have weights per head, shared by all heads,
+whose gradients AutoTP sums over the ranks and a pipeline does not."""
+
+EXPERT_PRESETS = {"mixtral": "mixtral", "qwen2_moe": "qwen3_moe", "qwen3_moe": "qwen3_moe"}
+"""Families whose experts AutoEP finds, and what it calls them (`module_inject/auto_ep_presets`)."""
 
 WHOLE_VOCABULARY = frozenset({"gemma", "gemma2"})
 """Families whose embedding AutoTP cannot shard (`module_inject/layers.py: VocabParallelEmbedding` knows the scaled
@@ -106,7 +137,8 @@ def combination_problems(layout: Layout, zero_stage: int, precision: str, offloa
     groups = kinds(layout)
     row = combination_of(layout)
     if row is None:
-        return [Problem(f"{_named(groups)} are not trained together by a test of ours; {_nearest(groups)}", "parallel")]
+        verb = "are not trained together" if len(groups) > 1 else "is not trained"
+        return [Problem(f"{_named(groups)} {verb} by a test of ours; {_nearest(groups)}", "parallel")]
     problems = []
     if zero_stage not in row.zero_stages:
         message = f"is {zero_stage}, but {_named(groups)} trains under {_either(row.zero_stages)}: {row.reason}"
@@ -133,9 +165,15 @@ def model_problems(config: Mapping[str, Any], layout: Layout, recipe: Recipe) ->
     for kind in sorted(kinds(layout)):
         name, size = f"{kind}_parallel_size", getattr(layout, f"{kind}_parallel_size")
         families = FAMILIES_BY_KIND[kind]
+        if kind == "expert" and shape is not None and shape.num_experts == 0:
+            message = f"{shape.model_type} has no experts; set it to 1"
+            problems.append(Problem(message, "parallel.expert_parallel_size"))
+            continue
+        if kinds(layout) >= {"tensor", "pipeline"}:
+            families &= _TENSOR_IN_PIPELINE
         if config.get("model_type") not in families or shape is None:
             message = f"{kind} parallelism is not proved for {config.get('model_type')}{_why(config, kind)}"
-            message += f"; set it to 1, or train one of {', '.join(sorted(families))}"
+            message += "; set it to 1" + (f", or train one of {', '.join(sorted(families))}" if families else "")
             problems.append(Problem(message, f"parallel.{name}"))
         else:
             problems += [Problem(message, f"parallel.{name}") for message in _CHECKS[kind](shape, size, recipe)]
@@ -175,9 +213,28 @@ def _sequence_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str
     return problems
 
 
+def _pipeline_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str]:
+    problems = []
+    layers = shape.num_hidden_layers
+    if size > layers:
+        problems.append(f"{size} stages for {layers} layers; set it to at most {layers}")
+    if recipe.evaluation.generate.prompts:
+        problems.append("a pipeline cannot generate text; leave evaluation.generate.prompts out")
+    return problems
+
+
+def _expert_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str]:
+    if shape.num_experts % size == 0:
+        return []
+    fits = _listed(divisors(shape.num_experts))
+    return [f"{size} does not divide the model's {shape.num_experts} experts; sizes that do: {fits}"]
+
+
 _CHECKS: dict[str, Callable[[ModelShape, int, Recipe], list[str]]] = {
     "tensor": _tensor_problems,
     "sequence": _sequence_problems,
+    "pipeline": _pipeline_problems,
+    "expert": _expert_problems,
 }
 
 

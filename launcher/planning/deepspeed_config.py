@@ -14,7 +14,7 @@ from typing import Any
 from cluster.strict_yaml import Document
 from cluster.validation import near_match
 from launcher.errors import PlanError, Problem
-from launcher.planning.combinations import WHOLE_VOCABULARY
+from launcher.planning.combinations import EXPERT_PRESETS, WHOLE_VOCABULARY
 from launcher.planning.deepspeed_keys import AUTO, key_problems
 from launcher.planning.json_document import read_json
 from launcher.planning.layout import BatchPlan, Layout
@@ -101,7 +101,8 @@ def make_deepspeed_config(
     if any(path.startswith(("zero_optimization", "optimizer")) for path in wrong):
         raise PlanError(recipe.name, problems)
     plan = _finish(config, _shown(document))
-    problems += _offload_problems(plan)
+    told = {problem.where for problem in problems}
+    problems += [problem for problem in _offload_problems(plan) if problem.where not in told]
     if problems:
         raise PlanError(recipe.name, problems)
     return plan
@@ -191,6 +192,11 @@ def _owned_values(recipe: Recipe, layout: Layout, batch: BatchPlan, model_type: 
     if layout.sequence_parallel_size > 1:
         field = "parallel.sequence_parallel_size"
         owned.append(_Owned("sequence_parallel_size", layout.sequence_parallel_size, field))
+    if layout.expert_parallel_size > 1:
+        field = "parallel.expert_parallel_size"
+        owned.append(_Owned("expert_parallel.enabled", True, field))
+        owned.append(_Owned("expert_parallel.autoep_size", layout.expert_parallel_size, field))
+        owned.append(_Owned("expert_parallel.preset_model", EXPERT_PRESETS.get(model_type or "", ""), field))
     for name in ("offload_optimizer", "offload_param"):
         device = getattr(zero, name)
         if device is not None:
@@ -252,6 +258,9 @@ def _offload_problems(plan: DeepSpeedPlan) -> list[Problem]:
         ("offload_optimizer", plan.offload_optimizer, (1, 2, 3)),
         ("offload_param", plan.offload_param, (3,)),
     ):
+        if device not in ("none", "cpu"):
+            message = f"is {device}, where no test of ours has offloaded anything; set it to cpu"
+            problems.append(Problem(message, f"zero.{name}"))
         if device != "none" and plan.zero_stage not in stages:
             wanted = "1, 2 or 3" if len(stages) > 1 else "3"
             message = f"is {device}, but ZeRO stage {plan.zero_stage} has nothing to offload there; set zero.stage to "

@@ -122,7 +122,7 @@ def make_layout(recipe: Recipe, resources: Resources) -> Layout:
     Raises:
         PlanError: the sizes do not multiply to the world size; lists those that do.
     """
-    sizes = recipe.parallel.model_dump()
+    sizes = {name: size for name, size in recipe.parallel.model_dump().items() if name.endswith("_size")}
     world_size = resources.world_size
     per_model = sizes["tensor_parallel_size"] * sizes["pipeline_parallel_size"] * sizes["sequence_parallel_size"]
     if world_size % per_model:

@@ -31,6 +31,7 @@ from launcher.planning.model_shape import (
 )
 from launcher.planning.optimizers import optimizer_problems
 from launcher.planning.rank_memory import RankMemory
+from launcher.planning.stages import pipeline_stages
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tasks import TASKS
 
@@ -46,6 +47,7 @@ class Plan(BaseModel):
         recipe: the resolved recipe.
         resources: what the profile gives: nodes, workers per node, device.
         layout: sizes of the parallel groups.
+        stage_borders: the first decoder layer of each pipeline stage, and the number of layers; `None` without stages.
         batch: micro batch, accumulation and global batch.
         zero_stage: 0-3.
         transformers_config: what the model is built from, the vocabulary size filled in; `None` for a hub name.
@@ -64,6 +66,7 @@ class Plan(BaseModel):
     recipe: Recipe
     resources: Resources
     layout: Layout
+    stage_borders: tuple[int, ...] | None = None
     batch: BatchPlan
     zero_stage: int
     transformers_config: dict[str, Any] | None = None
@@ -96,11 +99,14 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
         )
     deepspeed = _collect(problems, make_deepspeed_config, recipe, layout, batch, (config or {}).get("model_type"))
     if deepspeed is not None:
-        offloads = "none" not in (deepspeed.offload_optimizer, deepspeed.offload_param)
+        offloads = {deepspeed.offload_optimizer, deepspeed.offload_param} != {"none"}
         problems += combination_problems(layout, deepspeed.zero_stage, recipe.training.precision, offloads)
         problems += optimizer_problems(recipe.optimizer, deepspeed.zero_stage)
     if config is not None:
         problems += model_problems(config, layout, recipe)
+    elif layout.pipeline_parallel_size > 1:
+        message = "a model on the hub is not cut into stages; download it, and name its folder in model_name_or_path"
+        problems.append(Problem(message, "parallel.pipeline_parallel_size"))
     if problems or deepspeed is None:
         raise PlanError(recipe.name, problems)
     return _assemble(recipe, resources, layout, batch, config, deepspeed)
@@ -154,6 +160,7 @@ def _assemble(
         recipe=recipe,
         resources=resources,
         layout=layout,
+        stage_borders=_stage_borders(recipe, layout, config),
         batch=batch,
         zero_stage=deepspeed.zero_stage,
         transformers_config=None if config is None else dict(config),
@@ -164,6 +171,12 @@ def _assemble(
         deepspeed_config=deepspeed.config,
         notes=tuple(_notes(recipe, resources, layout, config, deepspeed)),
     )
+
+
+def _stage_borders(recipe: Recipe, layout: Layout, config: Mapping[str, Any] | None) -> tuple[int, ...] | None:
+    if config is None or layout.pipeline_parallel_size == 1:
+        return None
+    return pipeline_stages(config, layout, recipe.parallel.pipeline_partition, recipe.data.sequence_length)
 
 
 def _notes(
@@ -187,8 +200,6 @@ def _notes(
         notes.append(f"model.config: transformers knows no {', '.join(unread)} in this family, and ignores it")
     if reason := uncounted_reason(deepspeed.config):
         notes.append(f"memory is not counted: {reason}")
-    if layout.model_parallel_size > 1:
-        notes.append("memory is not counted under tensor, pipeline or sequence parallelism")
     if deepspeed.zero_stage == 0 and recipe.training.precision != "fp32":
         notes.append(
             f"ZeRO stage 0 in {recipe.training.precision}: DeepSpeed makes one optimizer step with zero gradients at "
@@ -198,6 +209,8 @@ def _notes(
         notes.append(
             "fp16 on CPU needs a processor that computes in it (AVX512-FP16 or AMX); DeepSpeed refuses the others"
         )
+    if layout.pipeline_parallel_size > 1 and recipe.parallel.pipeline_partition == "time":
+        notes.append("memory is counted for stages of equal parameters, not for those of equal time")
     return notes
 
 

@@ -275,6 +275,8 @@ class ParallelSection(Section):
     """Workers that share each layer's matrices."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Stages that share the layers."""
+    pipeline_partition: Literal["parameters", "time"] = "parameters"
+    """What the stages share equally: parameters (memory), or an estimate of the time of each layer."""
     sequence_parallel_size: int = Field(default=1, ge=1)
     """Workers that share each sequence."""
     expert_parallel_size: int = Field(default=1, ge=1)
@@ -474,19 +476,22 @@ class Recipe(Section):
             > 1
         ):
             raise ValueError(f"task {self.task} is data parallel only, with any ZeRO stage: leave parallel out")
+        spread = max(sizes.tensor_parallel_size, sizes.pipeline_parallel_size, sizes.sequence_parallel_size) > 1
+        if (self.model.freeze or self.model.unfreeze) and spread:
+            raise ValueError("model.freeze is for data parallel runs, with any ZeRO stage: leave parallel out")
         if self.distillation is not None:
             if self.task not in ("causal_lm", "sequence_classification"):
                 raise ValueError(f"distillation is for causal_lm and sequence_classification, not for {self.task}")
             if self.task != "causal_lm" and self.classification.problem_type != "single_label":
                 raise ValueError("distillation needs classes that exclude one another: problem_type single_label")
-            if max(sizes.tensor_parallel_size, sizes.pipeline_parallel_size, sizes.sequence_parallel_size) > 1:
+            if spread:
                 raise ValueError("distillation is data parallel, with any ZeRO stage: leave parallel out")
         if self.adapter is not None:
             if self.model.freeze or self.model.unfreeze:
                 raise ValueError(
                     "an adapter leaves the whole model as it is: leave model.freeze and model.unfreeze out"
                 )
-            if max(sizes.tensor_parallel_size, sizes.pipeline_parallel_size, sizes.sequence_parallel_size) > 1:
+            if spread:
                 raise ValueError("an adapter is trained data parallel, with any ZeRO stage: leave parallel out")
             packs = reads_packed_text(self) and self.data.packing != "none" and not self.data.cross_document_attention
             if self.adapter.is_prompt and packs:

@@ -40,6 +40,14 @@ class CausalLanguageModelling(Task):
         """Make the encoder of conversations; packed text needs none."""
         return None if reads_packed_text(recipe) else ConversationEncoder(recipe)
 
+    def build_model(self) -> torch.nn.Module:
+        """Build the model in the recipe's precision; with a pipeline, this rank's stage of it."""
+        if self.plan.layout.pipeline_parallel_size > 1:
+            from launcher.models.pipeline import Pipeline
+
+            return Pipeline(self.plan, AutoModelForCausalLM)
+        return super().build_model()
+
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples to `input_ids`, `labels`, `position_ids`, int64 of shape [samples, length] each.
 

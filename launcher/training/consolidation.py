@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from launcher.errors import CheckpointError
+from launcher.models.parallel import ROW
+from launcher.models.pieces import transformers_name
 from launcher.planning.layout import Layout
+from launcher.training.checkpoint_files import read_state
 
 _ROW = "parameter_with_row_parallelism_patterns"
 _REPLICATED = "tp_replicated_parameter_patterns"
@@ -36,6 +39,8 @@ def consolidated_state_dict(folder: Path, zero_stage: int, layout: Layout) -> di
         zero_stage: of the engine that saved it.
         layout: that saved it.
     """
+    if layout.pipeline_parallel_size > 1:
+        return _pipeline_state_dict(folder, layout)
     if layout.tensor_parallel_size == 1:
         return _model_state_dict(folder, zero_stage)
     parts = []
@@ -54,6 +59,26 @@ def _model_state_dict(folder: Path, zero_stage: int) -> dict[str, Any]:
 
     merged: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
     return merged
+
+
+def _pipeline_state_dict(folder: Path, layout: Layout) -> dict[str, Any]:
+    """Join the files of a pipeline's layers (`runtime/pipe/module.py: save_state_dict`), in the engine's precision."""
+    layers: dict[int, list[dict[str, Tensor]]] = {}
+    for path in sorted(folder.glob("layer_*-model_states.pt")):
+        layers.setdefault(int(path.name[6:].partition("-")[0]), []).append(read_state(path))
+    row = "|".join(ROW)
+    patterns = {_ROW: [rf".*\.({row})\.weight$"], _REPLICATED: [r"norm\.", r".*norm\.", rf".*\.({row})\.bias$"]}
+    if any("head.weight" in part for parts in layers.values() for part in parts):
+        patterns[_REPLICATED].append(r"embedding\.")  # an embedding that is not the head too
+    whole: dict[str, Any] = {}
+    for index, parts in layers.items():
+        if len(parts) != layout.tensor_parallel_size:
+            raise CheckpointError(
+                f"{folder} holds {len(parts)} parts of layer {index} for {layout.tensor_parallel_size} ranks"
+            )
+        layer = joined(parts, patterns) if len(parts) > 1 else parts[0]
+        whole |= {transformers_name(f"{index}.{name}"): tensor for name, tensor in layer.items()}
+    return whole
 
 
 def _view_of_rank(folder: Path, tensor_rank: int, view: Path) -> Path:

@@ -11,6 +11,7 @@ from launcher.errors import RecipeError
 from launcher.models.sequence import spread_sequences
 from launcher.planning.plan import Plan
 from launcher.recipe.schema import TrainingSection
+from launcher.training import upstream
 
 
 def total_steps(training: TrainingSection, samples_per_epoch: int, global_batch_size: int) -> int:
@@ -78,14 +79,36 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
+def check_precision(precision: str) -> None:
+    """Refuse a number format that this rank's device does not compute in.
+
+    Raises:
+        RecipeError: says which formats it does.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    known = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not known[precision]:
+        fits = " or ".join(name for name, supported in known.items() if supported)
+        where = "this processor" if accelerator.device_name() == "cpu" else accelerator.device_name()
+        raise RecipeError.single("training.precision", f"{where} does not compute in {precision}; set it to {fits}")
+
+
 def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
     """Initialise DeepSpeed on a model, on every rank.
 
     Returns:
         The `DeepSpeedEngine`, with optimizer and schedule inside.
+
+    Raises:
+        RecipeError: the device does not compute in the plan's precision, or the schedule is not known.
     """
     import deepspeed
 
+    check_precision(plan.recipe.training.precision)
+    if plan.layout.expert_parallel_size > 1:
+        upstream.let_auto_ep_capture_outputs()
     mpu = spread_sequences(model, plan.layout, plan.batch) if plan.layout.sequence_parallel_size > 1 else None
     engine, _, _, _ = deepspeed.initialize(
         model=model,

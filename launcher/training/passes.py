@@ -4,8 +4,10 @@ The loss of a step is `sum over all targets of the global batch / their count`. 
 global count, and multiplied by the number of ranks over which DeepSpeed averages gradients.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -95,8 +97,77 @@ class DirectPasses:
         return loss_sum, num_targets
 
 
+class _LastStage:
+    """Stands for the model towards the task's loss: gives it logits that are there already."""
+
+    def __init__(self, pipeline: Any, logits: torch.Tensor) -> None:
+        self.get_output_embeddings = pipeline.get_output_embeddings
+        self._logits = logits
+
+    def __call__(self, **inputs: Any) -> Any:
+        return SimpleNamespace(logits=self._logits)
+
+
+class PipelinePasses:
+    """DeepSpeed's pipeline schedule (one forward, one backward; Narayanan et al., arXiv 2104.04473)."""
+
+    def __init__(self, plan: Plan, engine: Any, task: Task, device: torch.device, heartbeat: Heartbeat) -> None:
+        self.plan = plan
+        self.engine = engine
+        self.task = task
+        self.device = device
+        self.heartbeat = heartbeat
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._scale: Callable[[], float] | None = None
+        engine.module.loss_fn = self._loss
+
+    def train(self, micro_batches: Sequence[Batch], agreement: Agreement) -> StepOutcome:
+        """Run the schedule over all micro batches; it ends with the optimizer's step."""
+        agreed = cache(agreement.read)
+        # The engine divides by the number of micro batches and averages over data-parallel ranks.
+        factor = self.plan.layout.data_parallel_size * len(micro_batches)
+        self._begin(lambda: factor / max(agreed()[0], 1))
+        self.heartbeat.enter(Phase.FORWARD)
+        self.engine.train_batch(_staged(micro_batches))
+        norm = self.engine.get_global_grad_norm()
+        num_targets, stop, save = agreed()
+        return StepOutcome(self._loss_sum, num_targets, None if norm is None else float(norm), stop, save)
+
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Run all batches through the stages, without gradients."""
+        micro_batches = list(batches)
+        self._begin(None)
+        if micro_batches:
+            self.engine.eval_batch(
+                _staged(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
+            )
+        return self._loss_sum.item(), sum(map(self.task.num_targets, micro_batches))
+
+    def _begin(self, scale: Callable[[], float] | None) -> None:
+        self._loss_sum = torch.zeros_like(self._loss_sum)
+        self._scale = scale
+
+    def _loss(self, logits: torch.Tensor, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Called by the engine on the last stage for each micro batch."""
+        model: Any = _LastStage(self.engine.module, logits)
+        output = self.task.loss(model, dict(zip(_FIELDS, batch, strict=True)))
+        self._loss_sum += output.loss_sum.detach()
+        return output.loss_sum if self._scale is None else output.loss_sum * self._scale()
+
+
+_FIELDS = ("input_ids", "position_ids", "labels")
+
+
+def _staged(micro_batches: Sequence[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
+    """What the first stage takes of each micro batch, and what the last one does."""
+    for batch in micro_batches:
+        yield (batch["input_ids"], batch["position_ids"]), tuple(batch[name] for name in _FIELDS)
+
+
 def make_passes(plan: Plan, engine: Any, task: Task, device: torch.device, heartbeat: Heartbeat) -> Passes:
     """Choose how the plan's layout runs."""
+    if plan.layout.pipeline_parallel_size > 1:
+        return PipelinePasses(plan, engine, task, device, heartbeat)
     return DirectPasses(plan, engine, task, device, heartbeat)
 
 

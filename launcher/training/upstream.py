@@ -118,6 +118,35 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+def let_auto_ep_capture_outputs() -> None:
+    """Give AutoEP the registry of outputs that it expects.
+
+    transformers 5.23 keys it by model (`utils/output_capturing.py: _CanRecordRegistry`); AutoEP uses it as a plain
+    dictionary by class name (`module_inject/auto_ep_presets/base.py: _retarget_transformers_output_recorders`) and ends
+    with "get() takes 2 positional arguments but 3 were given".
+    """
+    from transformers.utils import output_capturing
+
+    registry: Any = output_capturing._CAN_RECORD_REGISTRY
+    known = type(registry)
+    if issubclass(known, _ByNameOrModel):
+        return
+    registry.__class__ = type("ByNameOrModel", (_ByNameOrModel, known), {})
+
+
+class _ByNameOrModel(dict):  # type: ignore[type-arg]
+    def __setitem__(self, key: Any, value: Any) -> None:
+        dict.__setitem__(self, _name(key), value)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        found = dict.get(self, _name(key), default)
+        return {} if found is None and not isinstance(key, str) else found
+
+
+def _name(key: Any) -> str:
+    return key if isinstance(key, str) else str(key.__class__)
+
+
 def leave_out_recovery_scripts(engine: Any) -> None:
     """Keep two scripts out of the checkpoints folder that `runtime/engine.py: _copy_recovery_script` puts there.
 

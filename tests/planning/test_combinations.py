@@ -45,3 +45,69 @@ def test_a_family_without_tensor_parallelism_is_told_with_those_that_have_it(mak
     recipe = make_recipe({"model.config": {"model_type": "gpt2"}, "parallel.tensor_parallel_size": 2})
     refused(recipe, "parallel.tensor_parallel_size: tensor parallelism is not proved for gpt2, whose Conv1D layers")
     refused(recipe, f"set it to 1, or train one of {', '.join(sorted(FAMILIES_BY_KIND['tensor']))}")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_pipeline_wants_zero_1(make_recipe: MakeRecipe, stage: int) -> None:
+    recipe = make_recipe({"parallel.pipeline_parallel_size": 2, "zero.stage": stage})
+    refused(recipe, f"zero.stage: is {stage}, but pipeline parallelism trains under 1: DeepSpeed's pipeline refuses")
+    refused(recipe, "set it to 1")
+
+
+def test_more_stages_than_layers(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe({"parallel.pipeline_parallel_size": 4, "zero.stage": 1})
+    refused(recipe, "parallel.pipeline_parallel_size: 4 stages for 3 layers; set it to at most 3")
+
+
+def test_a_family_without_a_pipeline_is_told_with_those_that_have_one(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(
+        {"model.config": {"model_type": "gpt2"}, "parallel.pipeline_parallel_size": 2, "zero.stage": 1}
+    )
+    refused(recipe, "parallel.pipeline_parallel_size: pipeline parallelism is not proved for gpt2")
+    refused(recipe, f"train one of {', '.join(sorted(FAMILIES_BY_KIND['pipeline']))}")
+
+
+def test_weights_that_heads_share_keep_a_family_out_of_tensor_parallel_stages(make_recipe: MakeRecipe) -> None:
+    both = {"parallel.tensor_parallel_size": 2, "parallel.pipeline_parallel_size": 2, "zero.stage": 1}
+    recipe = make_recipe({"model.config.model_type": "qwen3", "model.config.intermediate_size": 172, **both})
+    refused(recipe, "train one of llama, mistral, qwen2")
+
+
+def test_a_pipeline_does_not_generate(make_recipe: MakeRecipe) -> None:
+    prompts = {"evaluation.generate.prompts": ["import "]}
+    recipe = make_recipe({"parallel.pipeline_parallel_size": 2, "zero.stage": 1, **prompts})
+    refused(recipe, "a pipeline cannot generate text; leave evaluation.generate.prompts out")
+
+
+def test_a_model_on_the_hub_is_not_cut_into_stages(make_recipe: MakeRecipe) -> None:
+    hub = {"model": {"model_name_or_path": "someone/model"}, "tokenizer": {}}
+    recipe = make_recipe({**hub, "parallel.pipeline_parallel_size": 2, "zero.stage": 1})
+    refused(recipe, "a model on the hub is not cut into stages; download it, and name its folder")
+
+
+def test_experts_of_a_dense_model(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe({"parallel.expert_parallel_size": 2})
+    refused(recipe, "parallel.expert_parallel_size: llama has no experts; set it to 1")
+
+
+def test_kinds_that_no_test_has_trained_together_are_told_with_the_nearest(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe({"parallel.sequence_parallel_size": 2, "parallel.tensor_parallel_size": 2})
+    refused(
+        recipe,
+        "parallel: tensor and sequence parallelism are not trained together by a test of ours; nearest that are: "
+        "tensor parallelism, sequence parallelism",
+    )
+
+
+@pytest.mark.parametrize("offload", [{"zero.offload_optimizer": "cpu"}, {"zero.offload_param": "cpu"}])
+def test_offload_goes_with_data_parallelism_alone(make_recipe: MakeRecipe, offload: dict[str, str]) -> None:
+    recipe = make_recipe({"parallel.sequence_parallel_size": 2, "zero.stage": 3, **offload})
+    refused(
+        recipe, "zero: no test of ours offloads with sequence parallelism; leave offload_optimizer and offload_param"
+    )
+
+
+def test_offload_to_nvme_is_not_proved(make_recipe: MakeRecipe) -> None:
+    nvme = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}}}
+    recipe = make_recipe({"zero.stage": 3, "deepspeed.overrides": nvme})
+    refused(recipe, "zero.offload_optimizer: is nvme, where no test of ours has offloaded anything; set it to cpu")

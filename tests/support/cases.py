@@ -10,11 +10,13 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from launcher.data.store import PreparedData
+from launcher.errors import RecipeError
 from launcher.models.parallel import whole_logits
 from launcher.models.sequence import whole_sequences
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory
 from launcher.training.context import Heartbeat, WorkerContext
+from launcher.training.engine import check_precision
 from launcher.training.loop import open_session, train
 
 
@@ -37,6 +39,28 @@ def run(run_directory: str, data: str, stop_after: int | None = None) -> dict[st
         return {**asdict(result), "notices": context.heartbeat.read().notices}
     finally:
         forget_groups()
+
+
+def pretend_fp16(supported: bool | None) -> None:
+    """Let DeepSpeed believe that this processor computes in fp16, or that it does not; `None`: let it ask again."""
+    from deepspeed.accelerator import get_accelerator
+
+    kind = type(get_accelerator())
+    asks = kind.__dict__.get("_asks") or kind.is_fp16_supported
+    kind._asks = asks
+    kind.is_fp16_supported = asks if supported is None else lambda self: supported
+
+
+def refusal_of_precision(precision: str, supported: bool) -> str | None:
+    """What `check_precision` says of a processor that computes in fp16 or does not."""
+    pretend_fp16(supported)
+    try:
+        check_precision(precision)
+    except RecipeError as error:
+        return str(error)
+    finally:
+        pretend_fp16(None)
+    return None
 
 
 def forget_groups() -> None:
@@ -83,17 +107,29 @@ def hide(folder: str) -> None:
 
 
 def logits(run_directory: str, data: str, input_ids: list[list[int]]) -> list[Any]:
-    """Logits of the engine resumed from the newest checkpoint."""
+    """Logits of the engine resumed from the newest checkpoint.
+
+    With a pipeline, the last stage's ranks have them, each for its part of the vocabulary.
+    """
     plan = Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
     session = open_session(plan, _context(run_directory), PreparedData.load(Path(data)), torch.device("cpu"))
     session.engine.eval()
-    with torch.no_grad(), whole_logits(session.engine), whole_sequences(session.engine):
-        output = session.engine(input_ids=torch.tensor(input_ids), use_cache=False).logits
+    ids = torch.tensor(input_ids)
+    if plan.layout.pipeline_parallel_size > 1:
+        session.engine.reset_activation_shape()
+        batch = (ids, torch.arange(ids.shape[1]).expand(ids.shape)), ids
+        output = session.engine.eval_batch(
+            iter([batch]), return_logits=True, compute_loss=False, reduce_output=None, bcast_loss=False,
+            num_micro_batches=1,
+        )[1]  # fmt: skip
+    else:
+        with torch.no_grad(), whole_logits(session.engine), whole_sequences(session.engine):
+            output = session.engine(input_ids=ids, use_cache=False).logits
     if session.monitor is not None:
         session.monitor.close()
     session.engine.destroy()
     forget_groups()
-    result: list[Any] = output.float().tolist()
+    result: list[Any] = [] if output is None else output.float().tolist()
     return result
 
 

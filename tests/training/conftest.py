@@ -44,15 +44,31 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks.close()
 
 
+@pytest.fixture(scope="module")
+def eight_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Not for the session: eight processes are much memory."""
+    ranks = Ranks(8, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
+
+
 @pytest.fixture
 def ranks_of(request: pytest.FixtureRequest) -> Callable[[int], Ranks]:
     """Live ranks by number, started when first asked for."""
 
     def start(size: int) -> Ranks:
-        ranks: Ranks = request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[size])
+        ranks: Ranks = request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks", 8: "eight_ranks"}[size])
         return ranks
 
     return start
+
+
+@pytest.fixture
+def fp16_on_any_cpu(two_ranks: Ranks) -> Iterator[None]:
+    """The switch under which fp16 runs here: DeepSpeed refuses processors without AVX512-FP16 or AMX."""
+    two_ranks.call("cases:pretend_fp16", supported=True)
+    yield
+    two_ranks.call("cases:pretend_fp16", supported=None)
 
 
 @pytest.fixture(scope="session")
