@@ -211,6 +211,18 @@ class DataSection(Section):
         return self
 
 
+class AdversarialSection(Section):
+    """Train on disturbed embeddings, or pixels, besides the true ones."""
+
+    method: Literal["fgm", "pgd"] = "fgm"
+    """One step along the gradient (Miyato et al., arXiv 1605.07725), or several projected ones (Madry et al., arXiv
+    1706.06083); disturbances are measured by each sample's Euclidean norm."""
+    epsilon: float = Field(default=1.0, gt=0)
+    """Largest norm of a sample's disturbance."""
+    steps: int = Field(default=3, ge=1)
+    """Of `pgd`; each one as long as 1.5 epsilon / steps."""
+
+
 class TrainingSection(Section):
     """Batch sizes, length, schedule and precision."""
 
@@ -241,6 +253,8 @@ class TrainingSection(Section):
     """Steps of linear warm-up."""
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
     """Warm-up as a share of all steps, instead of warmup_steps."""
+    adversarial: AdversarialSection | None = None
+    """Add the loss on disturbed inputs to the loss; ZeRO stages 0 to 2, data parallel."""
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "TrainingSection":
@@ -260,6 +274,9 @@ class OptimizerSection(Section):
     """Weight decay, decoupled from the gradient but with `sgd`; biases and normalisation weights are not decayed."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Of `sgd`."""
+    layer_wise_lr_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Each layer learns at this share of the rate of the layer above it (Howard and Ruder, arXiv 1801.06146); the head at
+    training.learning_rate, the embeddings at the lowest rate."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -477,6 +494,13 @@ class Recipe(Section):
         ):
             raise ValueError(f"task {self.task} is data parallel only, with any ZeRO stage: leave parallel out")
         spread = max(sizes.tensor_parallel_size, sizes.pipeline_parallel_size, sizes.sequence_parallel_size) > 1
+        if self.optimizer.layer_wise_lr_decay is not None and spread:
+            raise ValueError("optimizer.layer_wise_lr_decay is for data parallel runs: leave parallel out")
+        if self.training.adversarial is not None and (spread or self.zero.stage == 3 or self.adapter is not None):
+            raise ValueError(
+                "training.adversarial is for data parallel runs of the whole model under ZeRO stages 0 to 2: leave "
+                "parallel and adapter out, and set zero.stage to 2"
+            )
         if (self.model.freeze or self.model.unfreeze) and spread:
             raise ValueError("model.freeze is for data parallel runs, with any ZeRO stage: leave parallel out")
         if self.distillation is not None:
