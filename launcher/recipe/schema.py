@@ -275,8 +275,8 @@ class OptimizerSection(Section):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Of `sgd`."""
     layer_wise_lr_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Each layer learns at this share of the rate of the layer above it (Howard and Ruder, arXiv 1801.06146); the head at
-    training.learning_rate, the embeddings at the lowest rate."""
+    """Each layer learns at this share of the rate of the layer above it (Howard and Ruder, arXiv 1801.06146); the head
+    at training.learning_rate, the embeddings at the lowest rate."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)

@@ -80,7 +80,7 @@ class SequenceToSequence(Task):
         """Return the model's config; a decoder that does not say how it begins begins with padding, as T5's."""
         config = super().config()
         config.pad_token_id = self.facts["pad_token_id"]
-        if config.decoder_start_token_id is None:
+        if getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = self.facts["pad_token_id"]
         return config
 

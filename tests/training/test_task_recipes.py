@@ -37,6 +37,14 @@ def of_completions(metrics: dict[str, float], prepared: PreparedData) -> tuple[f
     return metrics["eval_loss"], unigram(prepared, "labels", lambda s: s["labels"] >= 0) - 0.1
 
 
+def of_targets(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
+    return metrics["eval_loss"], unigram(prepared, "labels", lambda s: s["labels"] >= 0) - 0.1
+
+
+def of_pairs(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
+    return 1 - metrics["eval_reward_accuracy"], 0.5
+
+
 def of_errors(margin: float) -> Callable[[dict[str, float], PreparedData], tuple[float, float]]:
     return lambda metrics, prepared: (1 - metrics["eval_accuracy"], 1 - metrics["eval_majority_accuracy"] - margin)
 
@@ -47,6 +55,8 @@ REACHED = [
     ("finetune/image-classification", of_errors(0.7), ()),
     ("pretrain/masked-language-model", of_hidden_tokens, ()),
     ("finetune/supervised", of_completions, ("training.max_steps=60",)),
+    ("finetune/preference", of_pairs, ("training.max_steps=50",)),
+    ("finetune/sequence-to-sequence", of_targets, ("training.max_steps=60",)),
 ]
 
 
