@@ -374,7 +374,7 @@ def _summary(
     training = plan.recipe.training
     metrics = result.get("metrics", {})
     baseline = None
-    if metrics.get("eval_loss") is not None:
+    if metrics.get("eval_loss") is not None and not prepared.holds_examples:
         baseline = unigram_loss(prepared, plan.recipe.evaluation.max_eval_samples)
     export = run_directory.export if (run_directory.export / "config.json").exists() else None
     return {
@@ -387,6 +387,7 @@ def _summary(
         "loss": metrics.get("loss"),
         "eval_loss": metrics.get("eval_loss"),
         "eval_perplexity": metrics.get("eval_perplexity"),
+        "metrics": {name: value for name, value in metrics.items() if name.startswith("eval_")},
         "unigram_loss": baseline,
         "tokens_per_second": metrics.get("tokens_per_second"),
         "seconds": round(time.time() - started, 2),
