@@ -33,8 +33,10 @@ class LiveObserver:
         """Show a change of state."""
         text = {
             RunState.STARTING: f"data ready after {facts.get('seconds_to_prepare', 0)} s; starting Ray workers",
-            RunState.RUNNING: f"attempt {facts.get('attempt')}: {self.plan.layout.world_size} workers started",
+            RunState.RUNNING: f"attempt {facts.get('attempt')}: {len(facts.get('workers', []))} workers started",
             RunState.RECOVERING: f"restarting from the last checkpoint (restart {facts.get('restart')})",
+            RunState.RESIZING: f"going on with {facts.get('nodes')} nodes: {facts.get('reason', '')}",
+            RunState.WAITING: f"waiting for nodes: {facts.get('reason', '')}",
             RunState.FAILED: f"failed: {facts.get('reason', '')}",
         }.get(state)
         if text:

@@ -1,128 +1,104 @@
 """`zerofleet plan`: what a run would do, as text or JSON, without starting anything."""
 
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.orchestration.progress import readable_bytes
-
 if TYPE_CHECKING:
+    from launcher.planning.layout import Resources
     from launcher.planning.plan import Plan
+    from launcher.recipe.loading import RecipeFile
 
 
 def plan(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, laid over the recipe.")] = None,
     profile: Annotated[str | None, typer.Option(help="Where it would run: a name or a file. Default: local.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan for this GPU instead (H100-80GB, ...), or one that FILE.yaml describes.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes. Default: the profile's; with --gpu, 1.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="With --gpu.")] = 8,
+    network: Annotated[str | None, typer.Option(help="Between nodes: NDR-400, EFA-400, ..., or Gbit/s a GPU.")] = None,
+    host_memory: Annotated[float | None, typer.Option(min=0, help="Memory of a node in GiB, for offload.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Judge every legal layout and show the best ten.")] = False,
+    explain: Annotated[
+        str | None, typer.Option(help="Show what a change does, such as tensor_parallel_size=2,zero.stage=3.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show what a run would do; starts nothing.
 
-    That is: layout, batch arithmetic, model size, memory under each ZeRO stage, and the exact DeepSpeed config.
+    That is: layout, batch arithmetic, model size, memory of every rank, time of a step, and the exact DeepSpeed config.
     """
     from cluster.profile import load_profile
-    from launcher.planning.plan import make_plan
+    from launcher.cli.plan_text import print_plan
+    from launcher.errors import ExpectedError
     from launcher.recipe.loading import read_recipe
     from launcher.submit import resources_of
 
+    if search and explain is not None:
+        raise ExpectedError("--search and --explain do not go together; leave one of them out")
     loaded = read_recipe(recipe, overrides or ())
     resources = resources_of(load_profile(profile))
+    changes: dict[str, Any] = {"network": network or resources.network, "nodes": nodes or resources.nodes}
+    if host_memory is not None:
+        changes["host_memory"] = int(host_memory * 2**30)
+    if gpu is not None:
+        changes |= {"device": "cuda", "accelerator": gpu, "workers_per_node": gpus_per_node, "nodes": nodes or 1}
+        changes.setdefault("host_memory", None)  # this machine's says nothing of that one's
+    resources = resources.model_copy(update=changes)
+    if search:
+        _search(loaded, recipe, resources, as_json=as_json)
+    elif explain is not None:
+        _explain(loaded, [recipe, *(overrides or ())], explain, resources, as_json=as_json)
+    else:
+        planned = _planned(loaded, resources)
+        print(planned.model_dump_json(indent=2)) if as_json else print_plan(planned)
+
+
+def _planned(loaded: "RecipeFile", resources: "Resources") -> "Plan":
+    from launcher.planning.plan import make_plan
+
     with loaded.locating():
-        resolved = make_plan(loaded.recipe, resources)
+        return make_plan(loaded.recipe, resources)
+
+
+def _search(loaded: "RecipeFile", name: str, resources: "Resources", *, as_json: bool) -> None:
+    from launcher.cli.plan_text import SHOWN, print_search
+    from launcher.planning.plan import search_layouts
+
+    with loaded.locating():
+        result = search_layouts(loaded.recipe, resources)
+    if not as_json:
+        print_search(result, name)
+        return
+    best = [
+        {
+            "overrides": item.choice.overrides(),
+            "seconds": item.step.seconds,
+            "tokens_per_second_per_device": item.step.tokens_per_second_per_device,
+            "mfu": item.step.mfu,
+            "device_bytes": item.rank.device_bytes,
+            "host_bytes": item.host_bytes,
+        }
+        for item in result.best[:SHOWN]
+    ]
+    print(json.dumps({"choices": result.num_choices, "fitting": len(result.best), "best": best}, indent=1))
+
+
+def _explain(loaded: "RecipeFile", given: list[str], text: str, resources: "Resources", *, as_json: bool) -> None:
+    from launcher.cli.plan_text import print_comparison
+    from launcher.cli.submit import split_values
+    from launcher.planning.explain import compare
+    from launcher.recipe.loading import read_recipe
+
+    recipe, *overrides = given
+    changes = split_values(text)
+    before = _planned(loaded, resources)
+    after = _planned(read_recipe(recipe, [*overrides, *changes]), resources)
     if as_json:
-        print(resolved.model_dump_json(indent=2))
+        print(json.dumps([row._asdict() for row in compare(before, after)], indent=1))
     else:
-        _print_text(resolved)
-
-
-def _print_text(plan: "Plan") -> None:
-    typer.secho(plan.recipe.name, bold=True)
-    for label, text in _facts(plan):
-        print(f"  {label:<14}{text}")
-    if plan.ranks is not None:
-        typer.secho("Memory of each rank: states + activations + buffers in the backward pass", bold=True)
-        for row, fullest in _rank_rows(plan):
-            typer.secho(row, bold=fullest)
-    if plan.memory_by_stage is not None:
-        typer.secho("Model states on each rank under each ZeRO stage, without activations", bold=True)
-        for row, chosen in _memory_rows(plan):
-            typer.secho(row, bold=chosen)
-    typer.secho("DeepSpeed config", bold=True)
-    print(json.dumps(plan.deepspeed_config, indent=2))
-    for note in plan.notes:
-        print(f"note: {note}")
-
-
-def _facts(plan: "Plan") -> Iterator[tuple[str, str]]:
-    """The plan in sentences; every number is shown with the arithmetic that gives it."""
-    training, layout, batch, resources = plan.recipe.training, plan.layout, plan.batch, plan.resources
-    yield (
-        "workers",
-        f"{resources.world_size} = {resources.nodes} {'nodes' if resources.nodes > 1 else 'node'} "
-        f"x {resources.workers_per_node} a node, on {resources.device}",
-    )
-    sizes = {
-        "tensor": layout.tensor_parallel_size,
-        "pipeline": layout.pipeline_parallel_size,
-        "sequence": layout.sequence_parallel_size,
-    }
-    sizes = {"data": layout.data_parallel_size} | {name: size for name, size in sizes.items() if size > 1}
-    factors = " x ".join(f"{name}-parallel {size}" for name, size in sizes.items())
-    expert = f", expert-parallel {layout.expert_parallel_size}" if layout.expert_parallel_size > 1 else ""
-    yield "layout", f"{layout.world_size} = {factors}{expert}"
-    yield (
-        "global batch",
-        f"{batch.global_batch_size} samples = micro batch {batch.micro_batch_size} x accumulation "
-        f"{batch.gradient_accumulation_steps} x data-parallel {layout.data_parallel_size}",
-    )
-    length = plan.recipe.data.sequence_length
-    tokens = batch.global_batch_size * length
-    yield "a step", f"{tokens:,} tokens = {batch.global_batch_size} samples x sequence length {length:,}"
-    if training.max_steps is not None:
-        yield "all steps", f"{training.max_steps * tokens:,} tokens = {training.max_steps:,} steps x {tokens:,}"
-    else:
-        yield "all steps", f"{training.num_train_epochs:g} epochs"
-    yield "precision", f"{training.precision}, ZeRO stage {plan.zero_stage}"
-    if plan.model is not None:
-        model = plan.model
-        yield (
-            "model",
-            f"{model.model_type}: {model.num_hidden_layers} layers, hidden size {model.hidden_size:,}, "
-            f"{model.num_attention_heads} heads ({model.num_key_value_heads} for keys and values), "
-            f"vocabulary {model.vocab_size:,}",
-        )
-        yield (
-            "parameters",
-            f"{model.num_parameters:,}, of them {model.num_parameters_non_embedding:,} without embeddings",
-        )
-
-
-def _rank_rows(plan: "Plan") -> Iterator[tuple[str, bool]]:
-    """A table of the pipeline's stages, the fullest marked where there are several, in lines that fit 80 columns."""
-    columns = {"states": 11, "activations": 13, "buffers": 11, "backward": 11, "step": 11, "host": 11}
-    yield " " * 11 + "".join(f"{column:>{width}}" for column, width in columns.items()), False
-    ranks = plan.ranks or ()
-    most = max(rank.device_bytes for rank in ranks)
-    for rank in ranks:
-        fullest = rank.device_bytes == most and len(ranks) > 1
-        states = rank.states.device_bytes
-        buffers = rank.buffers + rank.overhead
-        activations = rank.backward_bytes - states - buffers
-        sizes = (states, activations, buffers, rank.backward_bytes, rank.step_bytes, rank.host_bytes)
-        cells = zip(sizes, columns.values(), strict=True)
-        row = "".join(f"{readable_bytes(size) if size else '-':>{width}}" for size, width in cells)
-        name = f"stage {rank.stage}" if len(ranks) > 1 else ""
-        yield f"{'>' if fullest else ' '} {name:<9}{row}", fullest
-
-
-def _memory_rows(plan: "Plan") -> Iterator[tuple[str, bool]]:
-    """A table of the four ZeRO stages, the chosen one marked, in lines that all fit 80 columns."""
-    columns = ("parameters", "gradients", "optimizer", "together", "host memory")
-    yield "  " + " " * 7 + "".join(f"{column:>13}" for column in columns), False
-    for stage, memory in (plan.memory_by_stage or {}).items():
-        chosen = stage == plan.zero_stage
-        sizes = (memory.parameters, memory.gradients, memory.optimizer, memory.device_bytes, memory.host_bytes)
-        row = "".join(f"{readable_bytes(size) if size else '-':>13}" for size in sizes)
-        yield f"{'>' if chosen else ' '} ZeRO {stage} {row}", chosen
+        print_comparison(before, after, changes)

@@ -21,6 +21,7 @@ from launcher.checkpoints import fault_plan, folders
 from launcher.checkpoints.manifest import read_manifest
 from launcher.checkpoints.resumable import check_resumable, recipe_changes, with_batch_of
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
+from launcher.orchestration.elastic import Elastic
 from launcher.orchestration.failure import FailureKind
 from launcher.orchestration.journal import Journal
 from launcher.orchestration.observers import JobObserver, Notices, Observer
@@ -87,7 +88,7 @@ def drive(
     Raises:
         ExpectedError: what a person must change; `TrainingError` holds the failing rank's traceback.
     """
-    plan = _keep_batch(read_plan(run_directory), run_directory, observer)
+    plan = _keep_batch(_whole_plan(run_directory), run_directory, observer)
     started = time.time()
 
     journal = Journal(run_directory, observer, tensorboard=plan.recipe.logging.tensorboard)
@@ -135,6 +136,14 @@ def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any
     return prepared
 
 
+def _whole_plan(run_directory: RunDirectory) -> Plan:
+    """The plan with all nodes; a driver before this one may have gone on with fewer."""
+    if run_directory.full_plan.exists():
+        write_atomically(run_directory.plan, run_directory.full_plan.read_text())
+        run_directory.full_plan.unlink()
+    return read_plan(run_directory)
+
+
 def _keep_batch(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Plan:
     """Let a run that resumes on another number of workers keep its global batch; the workers read the plan anew."""
     newest = folders.newest_of_full_size(run_directory.checkpoints)
@@ -177,7 +186,7 @@ def _preflight(plan: Plan, run_directory: RunDirectory, observer: Observer) -> N
     """
     from launcher.orchestration.doctor import examine
 
-    found = examine(run_directory.path, plan.resources.nodes)
+    found = examine(run_directory.path, plan.resources.min_nodes or plan.resources.nodes)
     for finding in found.findings:
         observer.message(f"preflight: {finding}")
     errors = [str(finding) for finding in found.findings if finding.level == "error"]
@@ -258,7 +267,8 @@ def _supervise(
         warm=plan.resources.device == "cpu" and plan.recipe.fault_tolerance.warm_workers,
         warm_after_seconds=plan.recipe.fault_tolerance.warm_workers_after_seconds,
     )
-    group = WorkerGroup(run_directory, shape)
+    elastic = Elastic(plan, run_directory) if plan.resources.min_nodes is not None else None
+    group = WorkerGroup(run_directory, shape, elastic)
     policy = FailurePolicy(plan.recipe.fault_tolerance)
 
     def on_event(state: RunState, facts: dict[str, Any]) -> None:

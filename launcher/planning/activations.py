@@ -163,6 +163,7 @@ class ActivationModel:
         ranks = settings.tensor_parallel_size
         self.config = config
         self.settings = settings
+        self._known_layers: dict[bool, LayerActivations] = {}
         self.layer = LAYERS[family]
         self.values = values
         self.width = BYTES[settings.precision]
@@ -184,6 +185,11 @@ class ActivationModel:
 
     def decoder_layer(self, sparse: bool = True) -> LayerActivations:
         """Bytes of one layer; `sparse` tells a mixture-of-experts model's expert layers from its dense ones."""
+        if sparse not in self._known_layers:
+            self._known_layers[sparse] = self._count_layer(sparse)
+        return self._known_layers[sparse]
+
+    def _count_layer(self, sparse: bool) -> LayerActivations:
         tokens, hidden, width = self.settings.tokens, self.hidden, self.width
         full = tokens * (self._norms() + self._attention() + self._mlp(sparse) + self._residual_dropout())
         backward = tokens * width * (self._widest(sparse) + 3 * hidden)
@@ -199,6 +205,8 @@ class ActivationModel:
         if settings.gradient_checkpointing and (self.masked or settings.attention == "eager"):
             # Each layer's recomputation holds on to its mask: booleans, or what eager attention adds to the scores.
             shared += self.layer.masks * settings.sequence_length * (width if settings.attention == "eager" else 1)
+        if settings.sequence_parallel_size > 1 and self.masked:  # positions of the whole sequence, and their mask
+            shared += settings.sequence_parallel_size * (_INT64 + self.layer.masks * settings.sequence_length)
         first = settings.tokens * (_BATCH_TENSORS * _INT64 + shared)
         if self.dropout is not None and self.dropout[1] and self.layer.fused_qkv:  # GPT-2's, of the embeddings
             first += settings.tokens * self._mask_bytes() * self.hidden
@@ -238,7 +246,7 @@ class ActivationModel:
     def _attention(self) -> float:
         width, length = self.width, self.settings.sequence_length
         queries, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
-        repeated = self.masked and keys < queries
+        repeated = self.masked and keys < queries and self.key_heads > 1  # one head alone is expanded without a copy
         norms = 0.0
         if self.layer.qk_norm:
             norms = self._norm(queries + keys, self.heads + self.key_heads)
@@ -255,7 +263,8 @@ class ActivationModel:
             inputs = queries + (queries if repeated else keys) + of_values
         output = queries * (2 if self.layer.rotary == "partial" else 1)  # joined heads lie in another order
         statistics = _FP32 * self.heads
-        mask = width * length if self.masked else 0
+        # Under Ulysses each rank has the mask of all positions.
+        mask = width * length * self.settings.sequence_parallel_size if self.masked else 0
         return norms + width * (inputs + output) + statistics + mask
 
     def _eager_scores(self) -> float:

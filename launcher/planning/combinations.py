@@ -152,15 +152,18 @@ def combination_problems(layout: Layout, zero_stage: int, precision: str, offloa
     return problems
 
 
-def model_problems(config: Mapping[str, Any], layout: Layout, recipe: Recipe) -> list[Problem]:
+def model_problems(
+    config: Mapping[str, Any], layout: Layout, recipe: Recipe, shape: ModelShape | None = None
+) -> list[Problem]:
     """Say why a model, or what else a recipe asks for, does not go with a layout; empty when it does.
 
     Args:
         config: of transformers.
         layout: sizes of the groups.
         recipe: for the sequence length, and for what is asked of the model besides training.
+        shape: of the config, where it is known already.
     """
-    shape = model_shape(config)
+    shape = shape or model_shape(config)
     problems: list[Problem] = []
     for kind in sorted(kinds(layout)):
         name, size = f"{kind}_parallel_size", getattr(layout, f"{kind}_parallel_size")
@@ -224,10 +227,13 @@ def _pipeline_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str
 
 
 def _expert_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str]:
-    if shape.num_experts % size == 0:
-        return []
-    fits = _listed(divisors(shape.num_experts))
-    return [f"{size} does not divide the model's {shape.num_experts} experts; sizes that do: {fits}"]
+    problems = []
+    if shape.num_experts % size:
+        fits = _listed(divisors(shape.num_experts))
+        problems.append(f"{size} does not divide the model's {shape.num_experts} experts; sizes that do: {fits}")
+    if recipe.evaluation.generate.prompts:
+        problems.append("ranks that share experts cannot generate text; leave evaluation.generate.prompts out")
+    return problems
 
 
 _CHECKS: dict[str, Callable[[ModelShape, int, Recipe], list[str]]] = {

@@ -1,17 +1,125 @@
-"""From a resolved recipe to what its ranks hold: the settings that the formulae take, read from recipe and config."""
+"""From a resolved recipe to what its ranks hold and how long a step takes: what the formulae need, read from it."""
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
-from launcher.planning.activations import ActivationSettings
+from pydantic import BaseModel, ConfigDict
+
+from launcher.errors import PlanError
+from launcher.planning.accelerators import Accelerator, find_accelerator, find_network
+from launcher.planning.activations import LAYERS, ActivationSettings
+from launcher.planning.calibration import OURS
 from launcher.planning.deepspeed_config import DeepSpeedPlan
 from launcher.planning.families import list_parameters
-from launcher.planning.layout import BatchPlan, Layout
+from launcher.planning.layout import BatchPlan, Layout, Resources
 from launcher.planning.memory import MemoryPlan, StateSettings, state_settings, uncounted_reason
+from launcher.planning.model_shape import ModelShape
 from launcher.planning.rank_memory import BufferSettings, RankMemory, activations_known, rank_memory, stage_states
 from launcher.planning.sharding import shard
+from launcher.planning.throughput import Machine, StepTime, Work, step_time
 from launcher.recipe.schema import Recipe
+
+_REDUCED_UNDER_BACKWARD = 0.8
+"""Share of the reductions of stage 1 and 2 that `overlap_comm` hides (as Megatron's own; not measured)."""
+
+
+class StepEstimate(BaseModel):
+    """How long a step takes, by the throughput model.
+
+    Attributes:
+        accelerator: for which.
+        seconds: of a step.
+        tokens_per_second_per_device: throughput.
+        mfu: model FLOPs utilisation.
+        parts: seconds by what they are spent on, in the words of `throughput.StepTime`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    accelerator: str
+    seconds: float
+    tokens_per_second_per_device: float
+    mfu: float
+    parts: dict[str, float]
+
+
+def accelerator_of(resources: Resources) -> Accelerator | None:
+    """What the workers compute on; `None` for GPUs that the profile does not name.
+
+    Raises:
+        PlanError: the name is not in the catalogue.
+    """
+    if resources.device == "cpu":
+        return find_accelerator("CPU")
+    return None if resources.accelerator is None else find_accelerator(resources.accelerator)
+
+
+def machine_of(resources: Resources, deepspeed_config: Mapping[str, Any]) -> Machine | None:
+    """Devices, links, and how DeepSpeed's settings use them; `None` when the accelerator is not known.
+
+    Raises:
+        PlanError: accelerator or network is not in the catalogue.
+    """
+    accelerator = accelerator_of(resources)
+    if accelerator is None:
+        return None
+    network = None if resources.network is None else find_network(resources.network)
+    overlap = _REDUCED_UNDER_BACKWARD if buffer_settings(deepspeed_config).overlap_comm else 0.0
+    return Machine(accelerator, resources.workers_per_node, network, replace(OURS, partition_overlap=overlap))
+
+
+def step_work(
+    recipe: Recipe, config: Mapping[str, Any], shape: ModelShape, layout: Layout, batch: BatchPlan, zero: DeepSpeedPlan
+) -> Work:
+    """One optimizer step of a resolved recipe."""
+    training = recipe.training
+    layer = LAYERS.get(config["model_type"])
+    return Work(
+        shape=shape,
+        gated=layer is None or layer.mlp in ("gated", "experts"),
+        layout=layout,
+        sequence_length=recipe.data.sequence_length,
+        micro_batch_size=batch.micro_batch_size,
+        micro_batches=batch.gradient_accumulation_steps,
+        zero_stage=zero.zero_stage,
+        number_format=training.precision,
+        recomputation=1.0 if training.gradient_checkpointing else 0.0,
+        offload_optimizer=zero.offload_optimizer != "none",
+        offload_param=zero.offload_param != "none",
+    )
+
+
+def estimate_step(
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    shape: ModelShape,
+    layout: Layout,
+    batch: BatchPlan,
+    deepspeed: DeepSpeedPlan,
+    resources: Resources,
+) -> StepEstimate | None:
+    """How long a step takes; `None` when the accelerator is not known or does not compute in the precision."""
+    try:
+        machine = machine_of(resources, deepspeed.config)
+    except PlanError:  # a plan can outlive the file that described its accelerator
+        return None
+    if machine is None or recipe.training.precision not in machine.accelerator.peak:
+        return None
+    step = step_time(step_work(recipe, config, shape, layout, batch, deepspeed), machine)
+    return shown_step(step, machine.accelerator)
+
+
+def shown_step(step: StepTime, accelerator: Accelerator) -> StepEstimate:
+    """The same as a part of a plan."""
+    return StepEstimate(
+        accelerator=accelerator.name,
+        seconds=step.seconds,
+        tokens_per_second_per_device=step.tokens_per_second_per_device,
+        mfu=step.mfu,
+        parts=step.parts(),
+    )
 
 
 def estimate_ranks(

@@ -34,6 +34,11 @@ class Resources(BaseModel):
         device: what a worker computes on; one GPU a worker for `cuda`.
         cpus_per_worker: CPUs that Ray reserves for each.
         environment_names: variables that the driver passes on to the workers; their values stay out of every file.
+        min_nodes: fewest machines to go on with when others are lost; None: all are needed.
+        accelerator: what a worker computes on, by a name of the catalogue or the file that describes it; `None` when it
+            is not known, and then neither time nor what fits is estimated.
+        network: between nodes, by a name of the catalogue; `None` for the one that is usual with the accelerator.
+        host_memory: bytes of each node; `None` when it is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +48,10 @@ class Resources(BaseModel):
     device: Literal["cpu", "cuda"] = "cpu"
     cpus_per_worker: float = Field(default=1.0, ge=0)
     environment_names: tuple[str, ...] = ()
+    min_nodes: int | None = None
+    accelerator: str | None = None
+    network: str | None = None
+    host_memory: int | None = Field(default=None, gt=0)
 
     @property
     def world_size(self) -> int:
@@ -122,7 +131,7 @@ def make_layout(recipe: Recipe, resources: Resources) -> Layout:
     Raises:
         PlanError: the sizes do not multiply to the world size; lists those that do.
     """
-    sizes = {name: size for name, size in recipe.parallel.model_dump().items() if name.endswith("_size")}
+    sizes = recipe.parallel.sizes
     world_size = resources.world_size
     per_model = sizes["tensor_parallel_size"] * sizes["pipeline_parallel_size"] * sizes["sequence_parallel_size"]
     if world_size % per_model:

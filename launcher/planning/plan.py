@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from launcher.errors import PlanError, Problem
 from launcher.planning.combinations import combination_problems, model_problems
 from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config, with_batch
-from launcher.planning.estimate import estimate_ranks, states_by_zero_stage
+from launcher.planning.estimate import StepEstimate, estimate_ranks, estimate_step, machine_of, states_by_zero_stage
+from launcher.planning.fit import Candidate, fit_problems
 from launcher.planning.layout import (
     BatchPlan,
     Layout,
@@ -31,6 +32,7 @@ from launcher.planning.model_shape import (
 )
 from launcher.planning.optimizers import optimizer_problems
 from launcher.planning.rank_memory import RankMemory
+from launcher.planning.search import SearchResult, nothing_fits, search
 from launcher.planning.stages import pipeline_stages
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tasks import TASKS
@@ -56,6 +58,7 @@ class Plan(BaseModel):
         memory: bytes per rank of the model states; `None` when `model` is, or when a DeepSpeed setting is not counted.
         memory_by_stage: the same under each ZeRO stage, for comparison.
         ranks: everything that the ranks of each pipeline stage hold; `None` when `memory` is.
+        step: how long an optimizer step takes; `None` when the model or the accelerator is not known.
         deepspeed_config: the exact JSON that `deepspeed.initialize` gets.
         notes: what a person should know, such as why `model` is `None`.
     """
@@ -74,6 +77,7 @@ class Plan(BaseModel):
     memory: MemoryPlan | None
     memory_by_stage: dict[int, MemoryPlan] | None = None
     ranks: tuple[RankMemory, ...] | None = None
+    step: StepEstimate | None = None
     deepspeed_config: dict[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -85,6 +89,7 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
         PlanError: they do not go together, or a file that the recipe names is missing or wrong; the text lists every
             clash of layout, batch, model and DeepSpeed config, and what to set instead.
     """
+    recipe = _resolved(recipe, resources)
     problems: list[Problem] = []
     layout = _collect(problems, make_layout, recipe, resources)
     batch = None if layout is None else _collect(problems, make_batch, recipe, layout)
@@ -107,9 +112,42 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
     elif layout.pipeline_parallel_size > 1:
         message = "a model on the hub is not cut into stages; download it, and name its folder in model_name_or_path"
         problems.append(Problem(message, "parallel.pipeline_parallel_size"))
+    machine = _collect(problems, machine_of, resources, {})
+    accelerator = None if machine is None else machine.accelerator
+    if accelerator is not None and resources.device == "cuda" and recipe.training.precision not in accelerator.peak:
+        formats = " or ".join(name for name in accelerator.peak if name != "fp8")
+        message = f"is {recipe.training.precision}, which {accelerator.name} does not compute in; set it to {formats}"
+        problems.append(Problem(message, "training.precision"))
+    if not problems and deepspeed is not None and config is not None and model_shape(config) is not None:
+        problems += fit_problems(Candidate(recipe, config, layout, batch, deepspeed, resources))
     if problems or deepspeed is None:
         raise PlanError(recipe.name, problems)
     return _assemble(recipe, resources, layout, batch, config, deepspeed)
+
+
+def _resolved(recipe: Recipe, resources: Resources) -> Recipe:
+    """The recipe with the planner's choice in the place of `parallel: auto`."""
+    if not recipe.parallel.auto:
+        return recipe
+    result = search_layouts(recipe, resources)
+    if not result.best:
+        raise PlanError(recipe.name, [Problem(nothing_fits(result), "parallel")])
+    return result.best[0].choice.applied(recipe)
+
+
+def search_layouts(recipe: Recipe, resources: Resources) -> SearchResult:
+    """Judge every legal layout of a recipe on given resources.
+
+    Raises:
+        PlanError: the model or the accelerator is not known, or the recipe is wrong.
+    """
+    config = check_model(recipe)
+    shape = None if config is None else model_shape(config)
+    if config is None or shape is None:
+        reason = "its config is on the hub and is not read here" if config is None else unknown_reason(config)
+        message = f"no layout can be chosen without the model, but {reason}; name a folder that holds config.json"
+        raise PlanError(recipe.name, [Problem(message, "parallel")])
+    return search(recipe, config, shape, resources)
 
 
 def replan(plan: Plan, world_size: int) -> Plan:
@@ -152,10 +190,12 @@ def _assemble(
 ) -> Plan:
     counted = config is not None and TASKS[recipe.task].generates
     model = model_shape(config) if counted and config is not None else None
-    by_stage = ranks = None
+    by_stage = ranks = step = None
     if config is not None and model is not None and uncounted_reason(deepspeed.config) is None:
         by_stage = states_by_zero_stage(recipe, config, layout, deepspeed)
         ranks = estimate_ranks(recipe, config, layout, batch, deepspeed, resources.device)
+    if config is not None and model is not None:
+        step = estimate_step(recipe, config, model, layout, batch, deepspeed, resources)
     return Plan(
         recipe=recipe,
         resources=resources,
@@ -168,6 +208,7 @@ def _assemble(
         memory=None if by_stage is None else by_stage[deepspeed.zero_stage],
         memory_by_stage=by_stage,
         ranks=ranks,
+        step=step,
         deepspeed_config=deepspeed.config,
         notes=tuple(_notes(recipe, resources, layout, config, deepspeed)),
     )

@@ -14,7 +14,7 @@ from launcher.planning.activations import BYTES, LAYERS, ActivationModel, Activa
 from launcher.planning.layout import Layout
 from launcher.planning.memory import MemoryPlan, StateSettings, memory_plan
 from launcher.planning.parameters import ParameterTensor
-from launcher.planning.sharding import StageParameters, layer_of, shard
+from launcher.planning.sharding import StageParameters, shard
 
 _FP32 = 4
 _MIB = 1 << 20
@@ -120,23 +120,29 @@ def rank_memory(
     unused = shard(frozen, layout, activations.vocabulary_parallel) if frozen else [None] * len(stages)
     model = ActivationModel(config, activations)
     return [
-        _stage_memory(index, held, kept, model, layout, states, buffers or BufferSettings())
+        stage_memory(index, held, _all_states(held, kept, layout, states), model, layout, states, buffers)
         for index, (held, kept) in enumerate(zip(stages, unused, strict=True))
     ]
 
 
-def _stage_memory(
+def _all_states(
+    held: StageParameters, frozen: StageParameters | None, layout: Layout, settings: StateSettings
+) -> MemoryPlan:
+    states = stage_states(held, settings, layout.expert_parallel_size)
+    return states if frozen is None else _with_frozen(states, frozen, settings)
+
+
+def stage_memory(
     index: int,
     held: StageParameters,
-    frozen: StageParameters | None,
+    states: MemoryPlan,
     model: ActivationModel,
     layout: Layout,
     settings: StateSettings,
-    buffers: BufferSettings,
+    buffers: BufferSettings | None = None,
 ) -> RankMemory:
-    states = stage_states(held, settings, layout.expert_parallel_size)
-    if frozen is not None:
-        states = _with_frozen(states, frozen, settings)
+    """Bytes on each rank of one pipeline stage whose model states are known."""
+    buffers = buffers or BufferSettings()
     stages = layout.pipeline_parallel_size
     batches = in_flight(index, stages, settings.gradient_accumulation_steps)
     sparse = held.num_sparse_layers
@@ -146,8 +152,7 @@ def _stage_memory(
     if stages > 1:  # a stage's input and output are kept besides, for the gradients that come back to them
         kept += 2 * model.settings.tokens * model.width * model.hidden
     working = max(layer.recomputed + layer.backward for number, layer in layers if number)
-    gradients = {tensor: tensor.numel * model.width for tensor in held.parameters}
-    working += max(size for tensor, size in gradients.items() if layer_of(tensor) is not None)
+    working += held.largest_in_layers * model.width
     gathered, permanent = _parameter_buffers(held, settings, buffers)
     return RankMemory(
         stage=index,
@@ -157,7 +162,7 @@ def _stage_memory(
         activations=batches * kept + (edges.last if held.has_head else 0),
         loss=edges.loss if held.has_head else 0,
         recomputation=int(working),
-        gradient=max(gradients.values()),
+        gradient=held.largest * model.width,
         buffers=gathered + permanent + _reduction_buffers(settings, buffers),
         step_buffers=permanent + _step_buffers(held, settings, buffers),
         overhead=_overhead(layout) if model.settings.device == "cuda" else 0,

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
 
 from launcher.planning.layout import Layout
@@ -40,25 +41,35 @@ class StageParameters:
         """Decoder layers of the stage."""
         return self.end_layer - self.first_layer
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         """Parameters on each rank."""
         return _numel(self.parameters)
 
-    @property
+    @cached_property
     def dense(self) -> tuple[ParameterTensor, ...]:
         """Parameters that all data-parallel ranks hold."""
         return tuple(tensor for tensor in self.parameters if tensor.role != "expert")
 
-    @property
+    @cached_property
     def experts(self) -> tuple[ParameterTensor, ...]:
         """Parameters that the ranks of an expert-parallel group divide among them."""
         return tuple(tensor for tensor in self.parameters if tensor.role == "expert")
 
-    @property
+    @cached_property
     def num_sparse_layers(self) -> int:
         """Decoder layers with experts."""
         return len({layer_of(tensor) for tensor in self.parameters if tensor.role == "expert"})
+
+    @cached_property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(tensor.numel for tensor in self.parameters)
+
+    @cached_property
+    def largest_in_layers(self) -> int:
+        """Elements of the largest parameter of a decoder layer."""
+        return max(tensor.numel for tensor in self.parameters if layer_of(tensor) is not None)
 
 
 def shard(
@@ -127,7 +138,12 @@ def stage_borders(layers: Sequence[int], before: int, after: int, stages: int) -
 
 def layer_of(tensor: ParameterTensor) -> int | None:
     """Index of the decoder layer that a parameter belongs to; `None` for embeddings, final norm and head."""
-    match = _LAYER.search(tensor.name)
+    return _layer_index(tensor.name)
+
+
+@cache
+def _layer_index(name: str) -> int | None:
+    match = _LAYER.search(name)
     return None if match is None else int(match[1])
 
 

@@ -285,9 +285,23 @@ class OptimizerSection(Section):
     """Added to the denominator."""
 
 
-class ParallelSection(Section):
-    """How a model is spread over workers; what is left of the world size is data parallel."""
+def _or_auto(schema: dict[str, Any]) -> None:
+    section = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [{"const": "auto", "description": "Have the planner choose."}, section]
 
+
+class ParallelSection(Section):
+    """How a model is spread over workers; what is left of the world size is data parallel.
+
+    `parallel: auto` has the planner choose: the fastest layout that fits the machines, with micro batch and
+    accumulation, and with ZeRO stage, offload and recomputation where the recipe leaves them out.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_or_auto)
+
+    auto: bool = False
+    """Have the planner choose; the same as `parallel: auto`."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Workers that share each layer's matrices."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
@@ -298,6 +312,22 @@ class ParallelSection(Section):
     """Workers that share each sequence."""
     expert_parallel_size: int = Field(default=1, ge=1)
     """Workers that share the experts of a mixture-of-experts model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_auto(cls, value: Any) -> Any:
+        return {"auto": True} if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _auto_or_sizes(self) -> "ParallelSection":
+        if self.auto and any(name.endswith("_size") for name in self.model_fields_set):
+            raise ValueError("auto chooses all sizes; leave them out, or leave auto out")
+        return self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Every size by its field's name."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name.endswith("_size")}
 
 
 class ZeroSection(Section):
@@ -410,6 +440,8 @@ class FaultToleranceSection(Section):
     """A node that failed so often gets no workers any more, if there are others; null: never."""
     wait_for_nodes_seconds: float = Field(default=600.0, ge=0)
     """How long a run that lost nodes waits for others before it gives up."""
+    resize_interval_seconds: float = Field(default=600.0, ge=0)
+    """A run on fewer nodes than its profile's most grows after a save when there are more, but not more often."""
     hang_seconds: float | None = Field(default=None, gt=0)
     """Training that makes no progress for so long hangs, and is started again; default: 30, or 5 steps if that is
     more."""

@@ -134,7 +134,12 @@ def let_auto_ep_capture_outputs() -> None:
     registry.__class__ = type("ByNameOrModel", (_ByNameOrModel, known), {})
 
 
-class _ByNameOrModel(dict):  # type: ignore[type-arg]
+def named_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give parameter groups the names by which experts are split off (`moe/utils.py`: a group without ends it)."""
+    return [{**group, "name": f"group {index}"} for index, group in enumerate(groups)]
+
+
+class _ByNameOrModel(dict[str, Any]):
     def __setitem__(self, key: Any, value: Any) -> None:
         dict.__setitem__(self, _name(key), value)
 

@@ -70,8 +70,9 @@ def test_help_names_every_verb(zerofleet):
     assert outcome.code == 0
     listed = [line.split()[0] for line in outcome.out.partition("Commands:")[2].splitlines() if line.strip()]
     assert listed == [
-        *("run", "submit", "jobs", "status", "logs", "attach", "cancel", "sweep"),
-        *("plan", "prepare", "export", "tensorboard", "schema", "recipes", "profile", "checkpoint"),
+        *("run", "submit", "jobs", "status", "logs", "attach", "cancel", "report", "sweep"),
+        *("plan", "doctor", "simulate", "prepare", "export", "tensorboard", "schema"),
+        *("recipes", "profile", "checkpoint"),
     ]
     for verb in listed:
         assert zerofleet(verb, "--help").code == 0

@@ -21,6 +21,7 @@ from launcher.planning.plan import Plan
 from launcher.tasks.causal_lm import CausalLanguageModelling
 from launcher.training.distributed import join_process_group
 from launcher.training.engine import build_engine
+from launcher.training.passes import own_part
 from tests.support.live_storages import LiveStorages
 
 Storages = dict[int, int]
@@ -99,11 +100,15 @@ def run(plan: Plan) -> dict[str, int]:
     engine = build_engine(plan, build_model(plan, AutoModelForCausalLM), max_steps=4)
     task = CausalLanguageModelling(plan)
     accumulation = plan.batch.gradient_accumulation_steps
+    place = plan.layout.coordinates(int(os.environ["RANK"]))
+    cut = own_part(lambda _: two_documents(plan), plan.layout, place)
     for micro_step in range(accumulation + 1):
+        torch.manual_seed(micro_step)  # tensor-parallel ranks see the same tokens
+        batch = cut([])
         counter = LiveStorages()
         counter.ignore(thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta)
         with counter:
-            output = task.loss(engine, two_documents(plan))
+            output = task.loss(engine, batch)
         gc.collect()
         gathered = counter.bytes_of(engine.module.parameters())
         activations = counter.live - gathered

@@ -80,6 +80,22 @@ CASES: dict[str, dict[str, Any]] = {
             "qwen2_moe": ("zero0-bf16-checkpointing", {"zero.stage": 0, **CHECKPOINTING}),
         }.items()
     },
+    **{
+        f"{family}-{kind}2-{name}": {
+            "model.config": small(family),
+            "tokenizer.train.vocab_size": 1000,
+            f"parallel.{kind}_parallel_size": 2,
+            **changes,
+        }
+        for family, kind, name, changes in (
+            ("llama", "tensor", "zero1-fp32", {"zero.stage": 1, **FP32}),
+            ("qwen2", "tensor", "zero0-fp32-eager", {"zero.stage": 0, **FP32, **EAGER}),
+            ("mistral", "tensor", "zero2-bf16-checkpointing", {"zero.stage": 2, **CHECKPOINTING}),
+            ("llama", "tensor", "zero3-bf16", {"zero.stage": 3}),
+            # Last, and only one: its groups stay for the life of a process.
+            ("llama", "sequence", "zero2-fp32", {"zero.stage": 2, **FP32}),
+        )
+    },
 }
 
 

@@ -38,3 +38,13 @@ def test_the_cost_of_commands_is_measured_on_a_full_registry() -> None:
     assert result["records"] == 1000
     assert set(result["ratios"]) == {f"zerofleet {verb}" for verb in ("--help", "plan", "jobs", "status", "logs")}
     assert all(spread["median"] > 0 for spread in result["ratios"].values())
+
+
+def test_plans_and_searches_are_timed_and_import_nothing_heavy() -> None:
+    command = [sys.executable, "benchmarks/plan_time.py", "--rounds", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["commands"]
+    assert {"plan 405B, 16,384 GPUs", "search 70B, 1,024 GPUs"} <= set(found)
+    assert len(found) >= 8
+    assert {facts["heavy"] for facts in found.values()} == {"[]"}
