@@ -6,7 +6,7 @@ The strings under the fields are their documentation: ``zerofleet schema`` print
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from launcher.recipe.section import Section
 from launcher.recipe.task_sections import (
