@@ -254,7 +254,7 @@ def _log(session: Session, outcome: StepOutcome, learning_rate: float, throughpu
         "consumed_samples": session.progress.consumed_samples,
         "memory_bytes": int(memory),
     }
-    values |= session.monitor.rates(throughput)
+    values |= session.monitor.rates(throughput, session.context.heartbeat.read())
     session.context.heartbeat.metrics = session.monitor.record(session.progress.step, values)
 
 
