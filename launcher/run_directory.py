@@ -40,6 +40,11 @@ class RunDirectory:
         return self.path / "plan.json"
 
     @property
+    def full_plan(self) -> Path:
+        """The plan at full size (JSON) of an elastic run that goes on with fewer nodes; absent otherwise."""
+        return self.path / "full_plan.json"
+
+    @property
     def deepspeed(self) -> Path:
         """The exact DeepSpeed config (JSON), for people and for replaying by hand."""
         return self.path / "deepspeed.json"
@@ -53,6 +58,11 @@ class RunDirectory:
     def profile(self) -> Path:
         """What torch's profiler recorded, a file a rank and window."""
         return self.path / "profile"
+
+    @property
+    def saves(self) -> Path:
+        """One JSON object a save: step, reason, whether it succeeded, seconds, and for how many training waited."""
+        return self.path / "saves.jsonl"
 
     @property
     def save_request(self) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -15,6 +16,7 @@ from launcher.planning.measured import planned_memory, planned_seconds
 from launcher.planning.plan import Plan
 from launcher.recipe.loading import dump_recipe
 from launcher.run_directory import RunDirectory, append_json_line, read_json_lines, write_atomically
+from launcher.tasks import Metrics
 from launcher.training.context import STEP_PHASES, Beat
 
 TENSORBOARD_TAGS = {
@@ -190,6 +192,9 @@ class Monitor:
         for key, tag in TENSORBOARD_TAGS.items():
             if values.get(key) is not None:
                 yield tag, values[key]
+        for key in values.keys() - TENSORBOARD_TAGS.keys():
+            if key.startswith("eval_") and key != "eval_targets":
+                yield f"evaluation/{key.removeprefix('eval_')}", values[key]
         for phase, seconds in values.get("phase_seconds", {}).items():
             yield f"phases/{phase}_seconds", seconds
             if self._planned.get(phase) is not None:
@@ -208,6 +213,19 @@ class Monitor:
             )
             if self._writer is not None:
                 self._writer.add_text(f"samples/{index}", f"```\n{prompt}{continuation}\n```", step)
+
+    def record_report(self, step: int, metrics: Metrics) -> None:
+        """Write an evaluation's tables to TensorBoard: the report, and the confusion matrix as a picture."""
+        if self._writer is None:
+            return
+        if metrics.text:
+            self._writer.add_text("evaluation/report", f"```\n{metrics.text}\n```", step)
+        if "confusion_matrix" in metrics.report:
+            rows = np.array(metrics.report["confusion_matrix"]["rows"], np.float64)
+            shares = rows / np.maximum(rows.sum(axis=1, keepdims=True), 1)
+            side = max(1, 256 // len(shares))
+            picture = np.kron(shares, np.ones((side, side)))
+            self._writer.add_image("evaluation/confusion_matrix", picture, step, dataformats="HW")
 
     def close(self) -> None:
         """Flush and close the event file."""
