@@ -40,6 +40,11 @@ class RunDirectory:
         return self.path / "plan.json"
 
     @property
+    def full_plan(self) -> Path:
+        """The plan at full size (JSON) of an elastic run that goes on with fewer nodes; absent otherwise."""
+        return self.path / "full_plan.json"
+
+    @property
     def deepspeed(self) -> Path:
         """The exact DeepSpeed config (JSON), for people and for replaying by hand."""
         return self.path / "deepspeed.json"

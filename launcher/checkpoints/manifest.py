@@ -40,6 +40,7 @@ class Manifest(BaseModel):
         best_eval_loss: lowest validation loss so far.
         evaluations_without_improvement: for early stopping.
         eval_loss: validation loss measured at this very step, if one was.
+        eval_score: what `evaluation.metric_for_best_model` was then, as the loss is: smaller is better.
         rng: how each step's random generators are seeded; no generator's state has to be kept.
         versions: of the libraries that wrote it, by name.
         saved_at: Unix time.
@@ -65,6 +66,7 @@ class Manifest(BaseModel):
     best_eval_loss: float | None
     evaluations_without_improvement: int
     eval_loss: float | None = None
+    eval_score: float | None = None
     rng: dict[str, Any]
     versions: dict[str, str]
     saved_at: float

@@ -22,6 +22,7 @@ from launcher.checkpoints.manifest import read_manifest
 from launcher.checkpoints.remote import RemoteCheckpoints, fetch_newest
 from launcher.checkpoints.resumable import check_resumable, recipe_changes, with_batch_of
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
+from launcher.orchestration.elastic import Elastic
 from launcher.orchestration.failure import FailureKind
 from launcher.orchestration.journal import Journal
 from launcher.orchestration.mirror import Mirror
@@ -89,7 +90,7 @@ def drive(
     Raises:
         ExpectedError: what a person must change; `TrainingError` holds the failing rank's traceback.
     """
-    plan = read_plan(run_directory)
+    plan = _whole_plan(run_directory)
     remote = _remote(plan, run_directory, observer)
     plan = _keep_batch(plan, run_directory, observer)
     started = time.time()
@@ -138,6 +139,14 @@ def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any
         for note in prepared.statistics.get("notes", []):
             observer.message(note)
     return prepared
+
+
+def _whole_plan(run_directory: RunDirectory) -> Plan:
+    """The plan with all nodes; a driver before this one may have gone on with fewer."""
+    if run_directory.full_plan.exists():
+        write_atomically(run_directory.plan, run_directory.full_plan.read_text())
+        run_directory.full_plan.unlink()
+    return read_plan(run_directory)
 
 
 def _remote(plan: Plan, run_directory: RunDirectory, observer: Observer) -> RemoteCheckpoints | None:
@@ -204,7 +213,7 @@ def _preflight(plan: Plan, run_directory: RunDirectory, observer: Observer) -> N
     """
     from launcher.orchestration.doctor import examine
 
-    found = examine(run_directory.path, plan.resources.nodes)
+    found = examine(run_directory.path, plan.resources.min_nodes or plan.resources.nodes)
     for finding in found.findings:
         observer.message(f"preflight: {finding}")
     errors = [str(finding) for finding in found.findings if finding.level == "error"]
@@ -285,7 +294,8 @@ def _supervise(
         warm=plan.resources.device == "cpu" and plan.recipe.fault_tolerance.warm_workers,
         warm_after_seconds=plan.recipe.fault_tolerance.warm_workers_after_seconds,
     )
-    group = WorkerGroup(run_directory, shape)
+    elastic = Elastic(plan, run_directory) if plan.resources.min_nodes is not None else None
+    group = WorkerGroup(run_directory, shape, elastic)
     policy = FailurePolicy(plan.recipe.fault_tolerance)
 
     def on_event(state: RunState, facts: dict[str, Any]) -> None:
@@ -364,7 +374,7 @@ def _summary(
     training = plan.recipe.training
     metrics = result.get("metrics", {})
     baseline = None
-    if metrics.get("eval_loss") is not None:
+    if metrics.get("eval_loss") is not None and not prepared.holds_examples:
         baseline = unigram_loss(prepared, plan.recipe.evaluation.max_eval_samples)
     export = run_directory.export if (run_directory.export / "config.json").exists() else None
     return {
@@ -377,6 +387,7 @@ def _summary(
         "loss": metrics.get("loss"),
         "eval_loss": metrics.get("eval_loss"),
         "eval_perplexity": metrics.get("eval_perplexity"),
+        "metrics": {name: value for name, value in metrics.items() if name.startswith("eval_")},
         "unigram_loss": baseline,
         "tokens_per_second": metrics.get("tokens_per_second"),
         "seconds": round(time.time() - started, 2),

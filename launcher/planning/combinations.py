@@ -227,10 +227,13 @@ def _pipeline_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str
 
 
 def _expert_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str]:
-    if shape.num_experts % size == 0:
-        return []
-    fits = _listed(divisors(shape.num_experts))
-    return [f"{size} does not divide the model's {shape.num_experts} experts; sizes that do: {fits}"]
+    problems = []
+    if shape.num_experts % size:
+        fits = _listed(divisors(shape.num_experts))
+        problems.append(f"{size} does not divide the model's {shape.num_experts} experts; sizes that do: {fits}")
+    if recipe.evaluation.generate.prompts:
+        problems.append("ranks that share experts cannot generate text; leave evaluation.generate.prompts out")
+    return problems
 
 
 _CHECKS: dict[str, Callable[[ModelShape, int, Recipe], list[str]]] = {

@@ -14,7 +14,7 @@ from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import Manifest, read_manifest
 from launcher.checkpoints.resumable import check_resumable, partitioning_of
 from launcher.checkpoints.retention import prune
-from launcher.errors import StorageError
+from launcher.errors import CheckpointError, StorageError
 from launcher.planning.plan import Plan
 from launcher.recipe.loading import recipe_hash
 from launcher.training import upstream
@@ -40,9 +40,10 @@ class Progress:
     Attributes:
         step: optimizer steps completed.
         consumed_samples: samples of the global order already trained on.
-        best_eval_loss: lowest validation loss so far.
+        best_eval_loss: lowest validation loss (or watched metric, smaller is better) so far.
         evaluations_without_improvement: for early stopping.
         eval_loss: validation loss measured at step `eval_step`.
+        eval_score: the watched metric of that step, smaller is better.
         eval_step: step of the last evaluation.
     """
 
@@ -51,6 +52,7 @@ class Progress:
     best_eval_loss: float | None = None
     evaluations_without_improvement: int = 0
     eval_loss: float | None = None
+    eval_score: float | None = None
     eval_step: int = -1
 
 
@@ -81,6 +83,7 @@ class CheckpointManager:
         self._last_failure = ""
         self._known: list[Outcome] = []
         self._saves = 0
+        self._saves_adapter = False
         self._attempt = check_shared(directory)
         self.background: BackgroundSaver | None = None
 
@@ -102,6 +105,9 @@ class CheckpointManager:
         folder = self._new_folder(progress.step)
         engine.checkpoint_engine = self.files
         upstream.leave_out_recovery_scripts(engine)
+        if self.plan.recipe.adapter is not None and not self._saves_adapter:
+            upstream.leave_out_frozen_aliases(engine)
+            self._saves_adapter = True
         errors = folder.make()
         asynchronous = self.plan.recipe.checkpoint.asynchronous
         if asynchronous and not errors:
@@ -155,7 +161,13 @@ class CheckpointManager:
     def _hand_over(self, engine: Any, folder: CollectiveFolder) -> None:
         """Let DeepSpeed give its states to `self.files`."""
         state = {"parameter_names": parameter_names(engine)}
-        engine.save_checkpoint(str(self.directory), tag=folder.incomplete.name, client_state=state, save_latest=False)
+        engine.save_checkpoint(
+            str(self.directory),
+            tag=folder.incomplete.name,
+            client_state=state,
+            save_latest=False,
+            exclude_frozen_parameters=self.plan.recipe.adapter is not None,
+        )
 
     def _committed(self, folder: Path) -> None:
         """What follows a commit; when it goes wrong, the checkpoint is one all the same."""
@@ -233,10 +245,17 @@ class CheckpointManager:
         manifest = read_manifest(folder)
         resumption = check_resumable(manifest, self.plan, self.data_fingerprint, folder)
         engine.checkpoint_engine = self.files
+        adapter = self.plan.recipe.adapter is not None
+        if resumption.differences and adapter:
+            raise CheckpointError(
+                f"{folder} was saved in another layout ({'; '.join(map(str, resumption.differences))}); an adapter's "
+                "checkpoint is continued in its own"
+            )
         if resumption.differences:
             load_universal(engine, restorer.converted(folder, manifest), self.plan.zero_stage)
         else:
-            engine.load_checkpoint(str(self.directory), tag=folder.name)
+            # The frozen weights come from the model, not from the checkpoint.
+            engine.load_checkpoint(str(self.directory), tag=folder.name, load_module_strict=not adapter)
         from_the_start = resumption.data_changed and self.plan.recipe.data.on_change == "restart"
         return Progress(
             step=manifest.step,
@@ -265,6 +284,7 @@ class CheckpointManager:
             best_eval_loss=progress.best_eval_loss,
             evaluations_without_improvement=progress.evaluations_without_improvement,
             eval_loss=progress.eval_loss if progress.eval_step == progress.step else None,
+            eval_score=progress.eval_score if progress.eval_step == progress.step else None,
             rng={"seed": recipe.seed, "each_step": "blake2b(seed:step:rank)"},
             versions={name: version(name) for name in WRITERS},
             saved_at=time.time(),

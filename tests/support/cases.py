@@ -154,6 +154,32 @@ def initial_weights(run_directory: str, data: str) -> dict[str, Any]:
     return sums
 
 
+def watch_losses(run_directory: str, losses: list[float], **settings: Any) -> dict[str, Any]:
+    """Let every rank note these losses, one a step of 4 samples and 2 targets; returns at which step it was stopped."""
+    from launcher.errors import NumericError
+    from launcher.recipe.schema import FaultToleranceSection
+    from launcher.training.numeric import LossWatch, Observed
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    watch = LossWatch(FaultToleranceSection(**settings), RunDirectory.at(run_directory), rank)
+    for step, loss in enumerate(losses, start=1):
+        begin = 4 * (step - 1)
+        if watch.is_skipped(begin, begin + 4):
+            continue
+        try:
+            watch.check()
+            # What is wrong on the last rank alone is wrong on all.
+            own = loss if rank == world_size - 1 else losses[0]
+            watch.note(torch.tensor(own * 2 / world_size), Observed(step, begin, begin + 4, 2))
+        except NumericError as error:
+            return {"step": step, "text": str(error)}
+    try:
+        watch.check()
+    except NumericError as error:
+        return {"step": len(losses) + 1, "text": str(error)}
+    return {"step": None, "text": ""}
+
+
 def run_with_held_writer(run_directory: str, data: str, hold_at: int, release_at: int | None) -> dict[str, Any]:
     """Train, and hold the process that writes checkpoints as a slow disk would.
 
