@@ -45,7 +45,10 @@ class Profile(BaseModel):
     """`local`: a Ray of our own on this machine, or the one in `RAY_ADDRESS`; `ray`: a cluster that runs already;
     `slurm` and `ssh`: machines on which Ray is started for the job."""
     nodes: int = Field(default=1, ge=1)
-    """Machines; on the local backend, Ray nodes on this one."""
+    """Machines; on the local backend, Ray nodes on this one. `{min: 2, max: 8}`: elastic, as many of them as there
+    are."""
+    min_nodes: int | None = Field(default=None, ge=1)
+    """Fewest machines to train on when others are lost; what `nodes: {min: ...}` sets. Default: all are needed."""
     workers_per_node: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Training processes on each machine; `auto`: one a GPU that this machine shows, or 2 where there is none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -65,6 +68,8 @@ class Profile(BaseModel):
     """Where run directories are made unless `--run-dir` names one; all nodes must see it. Default: `runs`."""
     join_timeout_seconds: float = Field(default=300.0, gt=0)
     """How long a job waits for all its nodes to join Ray."""
+    hours_between_failures: float | None = Field(default=None, gt=0)
+    """Of one machine, on average, as its operators know it; `zerofleet plan` then says how often to save."""
     dashboard: bool = False
     """Serve Ray's dashboard on the first node, on loopback."""
     slurm: SlurmSection = SlurmSection()
@@ -73,6 +78,16 @@ class Profile(BaseModel):
     """Of the ssh backend."""
     ray: RayJobSection = RayJobSection()
     """Of jobs submitted to the ray backend."""
+
+    @model_validator(mode="after")
+    def _elastic_between(self) -> Self:
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
+            raise ValueError(f"min_nodes is {self.min_nodes}, more than nodes {self.nodes}")
+        if self.min_nodes is not None and self.backend not in ("local", "ray"):
+            raise ValueError(
+                f"an elastic number of nodes is not supported on the {self.backend} backend yet; set nodes: N"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> Self:
@@ -148,6 +163,9 @@ def load_profile(name_or_path: str | Path | None = None) -> Profile:
     path = find_profile(name_or_path or "local")
     document = read_yaml(path, ProfileError)
     document.data.setdefault("name", path.stem)
+    nodes = document.data.get("nodes")
+    if isinstance(nodes, dict) and set(nodes) == {"min", "max"} and "min_nodes" not in document.data:
+        document.data.update(nodes=nodes["max"], min_nodes=nodes["min"])
     return validate(Profile, document, ProfileError)
 
 

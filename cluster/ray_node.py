@@ -88,6 +88,12 @@ class RaySecrets:
             "REPORTER_UPDATE_INTERVAL_MS": "60000",
             "RAY_event_stats": "0",
             "RAY_memory_monitor_refresh_ms": "1000",
+            # A node that dies or is cut off is known to be gone after about 10 s; Ray's own values take up to a minute.
+            # Tighter ones give up healthy nodes of a machine that is very busy.
+            "RAY_health_check_initial_delay_ms": "0",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "2000",
+            "RAY_health_check_failure_threshold": "5",
         }
 
 

@@ -40,6 +40,11 @@ class RunDirectory:
         return self.path / "plan.json"
 
     @property
+    def full_plan(self) -> Path:
+        """The plan at full size (JSON) of an elastic run that goes on with fewer nodes; absent otherwise."""
+        return self.path / "full_plan.json"
+
+    @property
     def deepspeed(self) -> Path:
         """The exact DeepSpeed config (JSON), for people and for replaying by hand."""
         return self.path / "deepspeed.json"
@@ -48,6 +53,11 @@ class RunDirectory:
     def lock(self) -> Path:
         """Who drives the run now (JSON); empty or absent when nobody does."""
         return self.path / "run.lock"
+
+    @property
+    def saves(self) -> Path:
+        """One JSON object a save: step, reason, whether it succeeded, seconds, and for how many training waited."""
+        return self.path / "saves.jsonl"
 
     @property
     def save_request(self) -> Path:

@@ -41,6 +41,7 @@ def resources_of(profile: Profile) -> Resources:
         device=device,
         cpus_per_worker=profile.cpus_per_worker,
         environment_names=tuple(sorted(profile.environment)),
+        min_nodes=profile.min_nodes,
         accelerator=profile.accelerator,
         host_memory=_host_memory(profile),
     )
@@ -71,6 +72,7 @@ def write_run(run_directory: RunDirectory, plan: Plan) -> None:
     write_atomically(run_directory.recipe, dump_recipe(plan.recipe))
     write_atomically(run_directory.deepspeed, json.dumps(plan.deepspeed_config, indent=2) + "\n")
     write_atomically(run_directory.plan, plan.model_dump_json(indent=1))
+    run_directory.full_plan.unlink(missing_ok=True)
 
 
 def run_foreground(plan: Plan, profile: Profile, run_directory: RunDirectory, observer: Observer) -> dict[str, Any]:

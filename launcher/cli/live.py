@@ -33,8 +33,10 @@ class LiveObserver:
         """Show a change of state."""
         text = {
             RunState.STARTING: f"data ready after {facts.get('seconds_to_prepare', 0)} s; starting Ray workers",
-            RunState.RUNNING: f"attempt {facts.get('attempt')}: {self.plan.layout.world_size} workers started",
+            RunState.RUNNING: f"attempt {facts.get('attempt')}: {len(facts.get('workers', []))} workers started",
             RunState.RECOVERING: f"restarting from the last checkpoint (restart {facts.get('restart')})",
+            RunState.RESIZING: f"going on with {facts.get('nodes')} nodes: {facts.get('reason', '')}",
+            RunState.WAITING: f"waiting for nodes: {facts.get('reason', '')}",
             RunState.FAILED: f"failed: {facts.get('reason', '')}",
         }.get(state)
         if text:
@@ -96,12 +98,18 @@ def print_summary(summary: dict[str, Any], plan: "Plan", run_directory: RunDirec
     print(f"  {'look at it with':<22}zerofleet tensorboard {_relative(run_directory)}")
 
 
+_SHOWN_ELSEWHERE = ("eval_loss", "eval_perplexity", "eval_targets")
+
+
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     facts = []
     if summary.get("loss") is not None:
         facts.append(("training loss", f"{summary['loss']:.4f}"))
     if summary.get("eval_loss") is not None:
-        facts.append(("validation loss", f"{summary['eval_loss']:.4f} (perplexity {summary['eval_perplexity']:.2f})"))
+        perplexity = f" (perplexity {summary['eval_perplexity']:.2f})" if summary["unigram_loss"] is not None else ""
+        facts.append(("validation loss", f"{summary['eval_loss']:.4f}{perplexity}"))
+        shown = {name: value for name, value in summary.get("metrics", {}).items() if name not in _SHOWN_ELSEWHERE}
+        facts += [(name.removeprefix("eval_").replace("_", " "), f"{value:.4f}") for name, value in shown.items()]
         if summary.get("unigram_loss") is not None:
             gain = summary["unigram_loss"] - summary["eval_loss"]
             side = "below" if gain >= 0 else "above"

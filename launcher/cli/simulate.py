@@ -25,6 +25,7 @@ def simulate(
     repair_hours: Annotated[float, typer.Option(min=0, help="Until a lost node is back.")] = 24.0,
     hang_share: Annotated[float, typer.Option(min=0, max=1, help="Failures that hang instead of dying.")] = 0.0,
     preemptions_per_node_day: Annotated[float, typer.Option(min=0, help="Nodes taken away with notice.")] = 0.0,
+    min_nodes: Annotated[int | None, typer.Option(min=1, help="Fewest nodes to go on with. Default: all.")] = None,
     slow_node_days: Annotated[float | None, typer.Option(min=0.01, help="Mean days until a node is slow.")] = None,
     seed: Annotated[int, typer.Option(help="Of the failures; the same seed gives the same events.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -52,6 +53,7 @@ def simulate(
         hang_share=hang_share,
         preemptions_per_node_day=preemptions_per_node_day,
         slow_node_days=slow_node_days,
+        min_nodes=min_nodes,
         seed=seed,
     )
     simulation = simulator.simulate(scenario, settings)
@@ -88,6 +90,13 @@ def _lines(simulation: "Simulation", recommendation: "Recommendation") -> list[s
         f"{scenario.step_seconds:g} s: goodput {simulation.goodput:.1%}",
         f"{simulation.failures} node failures, mean time between them {between}",
     ]
+    rigid, elastic = recommendation.rigid_progress, recommendation.elastic_progress
+    if rigid is not None and elastic is not None:
+        pays = "pays" if elastic > rigid + 0.005 else "does not pay"
+        lines.append(
+            f"an elastic size {pays}: with nodes: {{min: {max(1, scenario.nodes // 2)}, max: {scenario.nodes}}} in the "
+            f"profile the run makes {elastic:.1%} of the steps of days without trouble, otherwise {rigid:.1%}"
+        )
     if simulation.ended == "failed":
         lines.append(f"the run gave up after {account.wall / 86400:.1f} days: {simulation.reason}")
     lines += ["", *(f"  {name:<24}{seconds / account.wall:7.2%}" for name, seconds in account.groups.items()), ""]

@@ -31,7 +31,7 @@ JOB_MOMENTS = (
 )
 """Two moments of a job, and what lies between them."""
 FAILED_ENDS = (RunState.RECOVERING, RunState.FAILED, INTERRUPTED)
-ATTEMPT_ENDS = (*FAILED_ENDS, RunState.COMPLETE, RunState.STOPPED)
+ATTEMPT_ENDS = (*FAILED_ENDS, RunState.COMPLETE, RunState.STOPPED, RunState.RESIZING)
 NOT_ALLOCATED = ("queue", "idle: between jobs")
 
 
@@ -168,7 +168,7 @@ def account(events: Sequence[Mapping[str, Any]], running: Mapping[str, Any] | No
     reader = _Reader()
     for event in events:
         reader.read(event)
-    if running is not None and reader.open_attempt == running["attempt"]:
+    if running is not None and reader.is_of(running):
         reader.end_attempt({**running, "state": ""})
     return Account(tuple(reader.spans), tuple(reader.stragglers))
 
@@ -184,6 +184,10 @@ class _Reader:
         self._state = ""
         self._facts: Mapping[str, Any] = {}
         self._failed_before = False
+
+    def is_of(self, ledger: Mapping[str, Any]) -> bool:
+        """Whether a ledger is that of the open attempt; each driver counts its attempts from 1."""
+        return self.open_attempt == ledger["attempt"] and self._now is not None and ledger["time"] >= self._now
 
     def read(self, event: Mapping[str, Any]) -> None:
         state = event["state"]

@@ -15,6 +15,8 @@ MIN_STEPS = 3
 """Steps that must have been seen before their median counts; the first ones compile and connect."""
 SILENT_S = 5.0
 """A worker that did not answer for so long is silent; each one is asked about once a second."""
+STRAGGLER_LOOKS = 2
+"""Looks in a row at which a rank must be slow: many short steps may lie between two, and one pause in one of them."""
 STRAGGLER_SHARE = 0.1
 """A slow rank is named only if it costs the others at least this share of a step."""
 OWN_PHASES = (Phase.DATA, Phase.FORWARD)
@@ -127,7 +129,9 @@ class HangDetector:
         silent = {rank for rank, (_, moment) in self._answered.items() if now - moment >= SILENT_S}
         least = min(beat.progress for beat in beats.values())
         behind = silent or {rank for rank, beat in beats.items() if beat.progress == least}
-        bound = self._bound([beats[rank] for rank in behind])
+        # What a silent rank said last may be long out of date; those who wait for it know better what it is about.
+        witnesses = (set(beats) - silent or silent) if silent else behind
+        bound = self._bound([beats[rank] for rank in witnesses])
         if still < bound:
             return None
         suspects = [self._suspect(beats[rank], now, silent=rank in silent) for rank in sorted(behind)]
@@ -143,13 +147,13 @@ class HangDetector:
         if self._last_step is None or step != self._last_step[0]:
             self._last_step = step, now
 
-    def _bound(self, behind: Sequence[Beat]) -> float:
-        if not all(beat.phase in STEP_PHASES and beat.steps_made >= MIN_STEPS for beat in behind):
+    def _bound(self, witnesses: Sequence[Beat]) -> float:
+        if not all(beat.phase in STEP_PHASES and beat.steps_made >= MIN_STEPS for beat in witnesses):
             return self.settings.stall_seconds
         if self.settings.hang_seconds is not None:
             return self.settings.hang_seconds
         # Short steps may all lie between two looks; then the first one, which was the slowest, stands for them.
-        usual = statistics.median(self._steps) if self._steps else max(beat.first_step_seconds for beat in behind)
+        usual = statistics.median(self._steps) if self._steps else max(beat.first_step_seconds for beat in witnesses)
         return max(MIN_HANG_S, HANG_STEPS * usual)
 
     def _suspect(self, beat: Beat, now: float, *, silent: bool) -> Suspect:
@@ -189,7 +193,7 @@ class StragglerDetector:
     settings: FaultToleranceSection
     node_of: Callable[[int], str]
     _last: dict[int, Beat] = field(default_factory=dict)
-    _slow: dict[int, int] = field(default_factory=dict)
+    _slow: dict[int, tuple[int, int]] = field(default_factory=dict)
     _named: set[int] = field(default_factory=set)
 
     def reset(self) -> None:
@@ -214,13 +218,16 @@ class StragglerDetector:
             others = statistics.median(seconds for other, seconds in own.items() if other != rank)
             costs = own[rank] - others >= STRAGGLER_SHARE * step_seconds
             if not costs or own[rank] < self.settings.straggler_factor * others:
-                self._slow[rank] = 0
+                self._slow[rank] = 0, 0
                 continue
-            self._slow[rank] = self._slow.get(rank, 0) + beat.steps_made - last[rank].steps_made
-            if self._slow[rank] >= self.settings.straggler_steps and rank not in self._named:
+            steps, looks = self._slow.get(rank, (0, 0))
+            steps, looks = steps + beat.steps_made - last[rank].steps_made, looks + 1
+            self._slow[rank] = steps, looks
+            lasts = steps >= self.settings.straggler_steps and looks >= STRAGGLER_LOOKS
+            if lasts and rank not in self._named:
                 self._named.add(rank)
                 factor = own[rank] / others if others > 0 else float("inf")
-                found.append(Straggler(rank, self.node_of(rank), factor, beat.step, self._slow[rank]))
+                found.append(Straggler(rank, self.node_of(rank), factor, beat.step, steps))
         return found
 
 

@@ -18,7 +18,7 @@ from launcher.orchestration.diagnosis import Finding
 from launcher.orchestration.probe import NodeProbe
 from launcher.run_directory import write_atomically
 
-ANSWER_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 60.0
 ROUND_TIMEOUT_S = 20.0
 
 

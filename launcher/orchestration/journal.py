@@ -53,10 +53,12 @@ class Journal:
             return
         ledger = _read_json(self.run_directory.ledger)
         number = events[-1].get("attempt", 0)
-        known = ledger if ledger is not None and ledger["attempt"] == number else None
+        begun = max((event["time"] for event in events if event["state"] == RunState.RUNNING), default=0.0)
+        known = ledger if ledger is not None and ledger["attempt"] == number and ledger["time"] >= begun else None
         facts = {"attempt": number, "reason": "the driver ended without a word", "found": round(self.clock(), 3)}
         facts |= {"ledger": known["ledger"]} if known else {}
-        moment = max(events[-1]["time"], known["time"]) if known else events[-1]["time"]
+        last = events[-1]["time"]
+        moment = max(last, known["time"]) if known else last
         self._append(self.run_directory.events, {"time": moment, "state": INTERRUPTED, **facts})
 
     def starting(self, moments: Mapping[str, float], facts: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ class Scenario:
         slow_node_days: mean days between two spells of slowness of one node; None: never.
         slow_factor: a step takes so many times longer while one of the nodes is slow.
         slow_hours: length of a spell.
+        min_nodes: fewest nodes to go on with; a step takes longer then, in proportion. None: all are needed.
         seed: of everything random.
     """
 
@@ -61,6 +62,7 @@ class Scenario:
     slow_node_days: float | None = None
     slow_factor: float = 2.0
     slow_hours: float = 1.0
+    min_nodes: int | None = None
     seed: int = 0
 
 
@@ -94,6 +96,7 @@ class _Attempt:
     saved_step: int = 0
     slow_until: float = -1.0
     hung: str = ""
+    stopping: bool = False
 
 
 class SimulatedGroup:
@@ -114,6 +117,7 @@ class SimulatedGroup:
         spares = scenario.spare_nodes or 0
         self.free = [f"n{index}" for index in range(scenario.nodes + spares)]
         self.used: list[str] = []
+        self.nodes = scenario.nodes
         self.repairs: list[tuple[float, str]] = []
         self.failures = 0
         self._saved_step = 0
@@ -123,7 +127,21 @@ class SimulatedGroup:
     def missing_nodes(self) -> int:
         """How many nodes fewer there are than the group needs."""
         self._repair()
-        return max(0, self.scenario.nodes - len(self.free) - len(self.used))
+        return max(0, self.nodes - len(self.free) - len(self.used))
+
+    def best_size(self) -> int | None:
+        """As many nodes as there are; None when that is too few, or the run is not elastic."""
+        if self.scenario.min_nodes is None:
+            return None
+        self._repair()
+        there = min(self.scenario.nodes, len(self.free) + len(self.used))
+        return there if there >= self.scenario.min_nodes else None
+
+    def resize(self, nodes: int) -> None:
+        """Start on so many nodes from now on."""
+        self.nodes = nodes
+        self.free += self.used[nodes:]
+        self.used = self.used[:nodes]
 
     def _repair(self) -> None:
         while self.repairs and self.repairs[0][0] <= self.clock.now:
@@ -138,7 +156,7 @@ class SimulatedGroup:
             if good:
                 self.used[self.used.index(node)] = good[-1]
                 self.free[self.free.index(good.pop())] = node
-        wanted = self.scenario.nodes - len(self.used)
+        wanted = self.nodes - len(self.used)
         taken = [*good, *(node for node in self.free if node in avoided)][:wanted]
         self.used += taken
         gone = set(taken)
@@ -162,7 +180,9 @@ class SimulatedGroup:
         return ""
 
     def request_stop(self) -> None:
-        """Nobody asks a simulated group to stop."""
+        """Save, and end at the next look."""
+        if self._attempt is not None:
+            self._attempt.stopping = True
 
     def stop(self) -> None:
         """End the attempt."""
@@ -178,7 +198,9 @@ class SimulatedGroup:
         if attempt.hung:
             self.clock.now = min(self.end, self.clock.now + HANG_LOOK_S)
             return self._look(attempt)
-        until = min(self.end, attempt.at + LOOK_S)
+        if attempt.stopping:
+            return self._stop(attempt)
+        until = min(self.end, attempt.at + self._look_seconds())
         kind, moment = self._next_trouble(attempt.at)
         self._train(attempt, min(until, moment))
         self.clock.now = attempt.at
@@ -188,13 +210,29 @@ class SimulatedGroup:
             return self._look(attempt)
         return self._trouble(attempt, kind)
 
+    def _look_seconds(self) -> float:
+        """A run that may grow is looked at after every save."""
+        scenario = self.scenario
+        if self.nodes == scenario.nodes:
+            return LOOK_S
+        return min(LOOK_S, scenario.save_steps * scenario.step_seconds * scenario.nodes / self.nodes)
+
+    def _stop(self, attempt: _Attempt) -> GroupStatus:
+        """Save at once, and end."""
+        self.clock.now = attempt.at = min(self.end, attempt.at + self.scenario.save_seconds)
+        attempt.saving += self.scenario.save_seconds
+        attempt.saved_step = self._saved_step = self._step(attempt)
+        attempt.in_interval = attempt.in_save = 0.0
+        attempt.trained_before_save = attempt.trained
+        return self._look(attempt, {0: {"status": "stopped", "step": attempt.saved_step}})
+
     def _next_trouble(self, now: float) -> tuple[str, float]:
         """What happens next to one of the nodes, and when. Exponential times have no memory, so each look may draw."""
         scenario = self.scenario
         rates = {
-            "failure": scenario.nodes / (scenario.mtbf_node_days * DAY),
-            "preemption": scenario.nodes * scenario.preemptions_per_node_day / DAY,
-            "slow": scenario.nodes / (scenario.slow_node_days * DAY) if scenario.slow_node_days else 0.0,
+            "failure": self.nodes / (scenario.mtbf_node_days * DAY),
+            "preemption": self.nodes * scenario.preemptions_per_node_day / DAY,
+            "slow": self.nodes / (scenario.slow_node_days * DAY) if scenario.slow_node_days else 0.0,
         }
         moments = {kind: now + self.random.expovariate(rate) for kind, rate in rates.items() if rate > 0}
         kind = min(moments, key=lambda name: moments[name])
@@ -209,7 +247,7 @@ class SimulatedGroup:
         while now < until:
             if attempt.in_interval < interval:
                 slow = now < attempt.slow_until
-                speed = 1.0 / scenario.slow_factor if slow else 1.0
+                speed = self.nodes / scenario.nodes / (scenario.slow_factor if slow else 1.0)
                 stretch = min(until - now, (interval - attempt.in_interval) / speed)
                 if slow:
                     stretch = min(stretch, attempt.slow_until - now)

@@ -43,6 +43,12 @@ class Simulation:
         return self.account.seconds.get("training", 0.0) / (self.scenario.days * DAY)
 
     @property
+    def progress(self) -> float:
+        """Steps that were kept, relative to as many days on all nodes without any trouble."""
+        steps = [event["ledger"]["step"] for event in self.events if "ledger" in event]
+        return (steps[-1] if steps else 0) * self.scenario.step_seconds / (self.scenario.days * DAY)
+
+    @property
     def hours_between_failures(self) -> float:
         """Mean, measured; infinite without a failure."""
         return self.account.wall / 3600 / self.failures if self.failures else math.inf
@@ -112,11 +118,16 @@ class Recommendation:
         save_steps: with the highest simulated goodput.
         tried: goodput by save_steps.
         spare_nodes: enough for 99 % of the time, by the number of nodes that are in repair at a time.
+        rigid_progress: kept steps without the elastic size, relative to days without trouble.
+        elastic_progress: the same when the run goes on with as few as half of its nodes; None for both when lost nodes
+            are replaced at once.
     """
 
     save_steps: int
     tried: dict[int, float]
     spare_nodes: int
+    rigid_progress: float | None
+    elastic_progress: float | None
 
 
 def recommend(scenario: Scenario, settings: FaultToleranceSection) -> Recommendation:
@@ -127,9 +138,15 @@ def recommend(scenario: Scenario, settings: FaultToleranceSection) -> Recommenda
     tried = {steps: simulate(replace(scenario, save_steps=steps), settings).goodput for steps in candidates}
     lost = rate + scenario.preemptions_per_node_day
     in_repair = scenario.nodes * lost * scenario.repair_hours / 24
-    return Recommendation(
-        max(tried, key=lambda steps: tried[steps]), tried, _poisson_quantile(in_repair, SPARE_QUANTILE)
-    )
+    sizes: tuple[float | None, float | None] = (None, None)
+    if scenario.spare_nodes is not None:
+        rigid, elastic = (
+            simulate(replace(scenario, min_nodes=least), settings).progress
+            for least in (None, max(1, scenario.nodes // 2))
+        )
+        sizes = (rigid, elastic)
+    best_steps = max(tried, key=lambda steps: tried[steps])
+    return Recommendation(best_steps, tried, _poisson_quantile(in_repair, SPARE_QUANTILE), *sizes)
 
 
 def _poisson_quantile(mean: float, share: float) -> int:

@@ -1,5 +1,6 @@
 """The state machine over a run's attempts. Pure: the worker group and the clock are passed in, so tests can step it."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,19 @@ class Group(Protocol):
         """How many nodes fewer there are than the group needs."""
         ...
 
+    @property
+    def nodes(self) -> int:
+        """How many nodes the group has or is about to start on."""
+        ...
+
+    def best_size(self) -> int | None:
+        """The largest number of nodes that the cluster can give and the plan can use; None: this size or none."""
+        ...
+
+    def resize(self, nodes: int) -> None:
+        """Start on so many nodes from now on."""
+        ...
+
     def start(self, attempt: int, avoid: Sequence[str]) -> None:
         """Start every rank, on none of the nodes to avoid if that can be; returns when their training threads run."""
         ...
@@ -156,6 +170,9 @@ class Supervisor:
         self._hangs = HangDetector(policy.settings, group.node_of)
         self._stragglers = StragglerDetector(policy.settings, group.node_of)
         self._moving: Failure | None = None
+        self._resize_to: int | None = None
+        self._resized_at = -math.inf
+        self._saved_at_start = saved_step
         self._stop_reason: str | None = None
         self._stop_by: float | None = None
         self._not_before = 0.0
@@ -200,7 +217,7 @@ class Supervisor:
         if remaining > 0:
             self.sleep(min(WAIT_INTERVAL_S, remaining))
             return
-        if self.attempt and self._lacks_nodes():
+        if self._lacks_nodes():
             return
         self.attempt += 1
         self.status = GroupStatus()
@@ -219,13 +236,29 @@ class Supervisor:
             return
         self._waiting_since = None
         self._moving = None
+        self._saved_at_start = self.saved_step
         self._enter(RunState.RUNNING)
 
     def _lacks_nodes(self) -> bool:
+        """Whether to start later; nodes that are missing are done without if the plan can be had for fewer."""
         missing = self.group.missing_nodes()
-        if missing > 0:
+        if missing <= 0:
+            return False
+        size = self.group.best_size()
+        if size is not None:
+            self._resize(size, f"{missing} node(s) are missing")
+            return False
+        # A first attempt that lacks some is the profile's mistake, which the group will say.
+        if self.attempt:
             self._wait(missing, f"{missing} node(s) are missing")
-        return missing > 0
+        return self.attempt > 0
+
+    def _resize(self, nodes: int, why: str) -> None:
+        before = self.group.nodes
+        self.group.resize(nodes)
+        self._resized_at = self.clock()
+        self._resize_to = None
+        self._enter(RunState.RESIZING, nodes=nodes, nodes_before=before, reason=why)
 
     def _wait(self, missing: int, why: str) -> None:
         """Wait a moment for nodes, or give up waiting."""
@@ -240,8 +273,9 @@ class Supervisor:
             self.sleep(NODES_INTERVAL_S)
 
     def _watch(self) -> None:
-        if self._stop_reason is not None and (self.state is RunState.RUNNING or self._moving is not None):
-            self._moving = None
+        leaving = self._moving is not None or self._resize_to is not None
+        if self._stop_reason is not None and (self.state is RunState.RUNNING or leaving):
+            self._moving = self._resize_to = None
             self.group.request_stop()
             self._enter(RunState.DRAINING, reason=self._stop_reason)
         self.status = self.group.poll()
@@ -264,6 +298,9 @@ class Supervisor:
             self._recover([self._moving])
             return
         self.group.stop()
+        if self._resize_to is not None and result["status"] == "stopped" and self._stop_reason is None:
+            self._resize(self._resize_to, "there are more nodes again")
+            return
         final = RunState.COMPLETE if result["status"] == "complete" else RunState.STOPPED
         self._enter(final, step=result["step"], **({"reason": self._stop_reason} if self._stop_reason else {}))
 
@@ -280,6 +317,22 @@ class Supervisor:
             )
             self.group.request_stop()
             self._enter(RunState.DRAINING, reason=message)
+        elif self._may_grow():
+            self.group.request_stop()
+            self._enter(RunState.DRAINING, reason=f"going on with {self._resize_to} nodes, {self.group.nodes} now")
+
+    def _may_grow(self) -> bool:
+        """Whether to go on with more nodes now: right after a save, and not more often than the recipe says."""
+        interval = self.policy.settings.resize_interval_seconds
+        saved = self.saved_step > self._saved_at_start
+        if not saved or self._resize_to is not None or self.clock() - self._resized_at < interval:
+            return False
+        self._saved_at_start = self.saved_step
+        size = self.group.best_size()
+        if size is None or size <= self.group.nodes:
+            return False
+        self._resize_to = size
+        return True
 
     def _hung(self, hang: Hang) -> Failure:
         first = hang.suspects[0]
@@ -312,6 +365,7 @@ class Supervisor:
         verdict = classify(cause)
         self.cause, self.verdict, self.failure_text = cause, verdict, describe(failures)
         noticed = self.clock()
+        self._resize_to = None
         self.group.stop()
         self.saved_step = max(self.saved_step, self.group.saved_step())  # heartbeats are a look behind
         facts: dict[str, Any] = {

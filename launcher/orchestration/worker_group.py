@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -20,8 +20,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from launcher.checkpoints import folders
 from launcher.errors import ResourceError
 from launcher.orchestration.detection import Hang
+from launcher.orchestration.elastic import Elastic
 from launcher.orchestration.failure import Failure, FailureKind
-from launcher.orchestration.stacks import collect, end_silent
+from launcher.orchestration.node_tasks import answering, collect, end_silent
 from launcher.orchestration.supervisor import GroupStatus
 from launcher.orchestration.warm_pool import WarmPool
 from launcher.orchestration.worker import Placement, Worker
@@ -72,11 +73,19 @@ class GroupShape:
 
 
 class WorkerGroup:
-    """Real workers for the supervisor."""
+    """Real workers for the supervisor.
 
-    def __init__(self, run_directory: RunDirectory, shape: GroupShape) -> None:
+    Args:
+        run_directory: of the run.
+        shape: what is asked of Ray.
+        elastic: other sizes that the run can have; None: it has only this one.
+    """
+
+    def __init__(self, run_directory: RunDirectory, shape: GroupShape, elastic: Elastic | None = None) -> None:
         self.run_directory = run_directory
         self.shape = shape
+        self.elastic = elastic
+        self._doubtful: set[str] = set()
         self.placements: list[dict[str, Any]] = []
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
@@ -97,7 +106,34 @@ class WorkerGroup:
 
     def missing_nodes(self) -> int:
         """How many nodes fewer the cluster has than the group needs."""
-        return max(0, self.shape.nodes - len(fitting_nodes(self.shape)))
+        return max(0, self.shape.nodes - len(self._present()))
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes the group has or is about to start on."""
+        return self.shape.nodes
+
+    def best_size(self) -> int | None:
+        """The largest number of nodes that the cluster can give and the plan can use; None: it has one size only."""
+        return None if self.elastic is None else self.elastic.largest(len(self._present()))
+
+    def resize(self, nodes: int) -> None:
+        """Start on so many nodes from now on."""
+        if self.elastic is not None:
+            self.elastic.write(nodes)
+        self.shape = replace(self.shape, nodes=nodes)
+
+    def _present(self) -> list[dict[str, Any]]:
+        """The nodes that can hold their share. One on which a worker died is asked first whether it is still there.
+
+        Ray takes seconds to declare a node dead, and an attempt that counts on it would wait for it in vain.
+        """
+        nodes = fitting_nodes(self.shape)
+        known = {node["NodeID"] for node in nodes}
+        self._doubtful &= known
+        answered = answering(sorted(self._doubtful)) if self._doubtful else set()
+        self._doubtful -= answered
+        return [node for node in nodes if node["NodeID"] not in self._doubtful]
 
     def start(self, attempt: int, avoid: Sequence[str] = ()) -> None:
         """Place and start every rank, on none of the nodes to avoid if there are enough others.
@@ -178,7 +214,11 @@ class WorkerGroup:
 
     def _reserve(self, avoid: Sequence[str]) -> PlacementGroup:
         fitting = fitting_nodes(self.shape)
-        good = [node for node in fitting if node["NodeManagerHostname"] not in avoid]
+        good = [
+            node
+            for node in fitting
+            if node["NodeManagerHostname"] not in avoid and node["NodeID"] not in self._doubtful
+        ]
         selector = None
         if self.shape.nodes <= len(good) < len(fitting):
             selector = [{"ray.io/node-id": f"in({','.join(node['NodeID'] for node in good)})"}] * self.shape.nodes
@@ -275,6 +315,8 @@ class WorkerGroup:
 
     def _died(self, rank: int, why: str, *, preempted: bool = False) -> Failure:
         beat = self._beats.get(rank)
+        if self.shape.nodes > 1 and rank < len(self.placements):
+            self._doubtful.add(self.placements[rank]["node_id"])
         return Failure(
             rank=rank,
             kind=FailureKind.PREEMPTED if preempted else FailureKind.DIED,

@@ -34,6 +34,7 @@ class Resources(BaseModel):
         device: what a worker computes on; one GPU a worker for `cuda`.
         cpus_per_worker: CPUs that Ray reserves for each.
         environment_names: variables that the driver passes on to the workers; their values stay out of every file.
+        min_nodes: fewest machines to go on with when others are lost; None: all are needed.
         accelerator: what a worker computes on, by a name of the catalogue or the file that describes it; `None` when it
             is not known, and then neither time nor what fits is estimated.
         network: between nodes, by a name of the catalogue; `None` for the one that is usual with the accelerator.
@@ -47,6 +48,7 @@ class Resources(BaseModel):
     device: Literal["cpu", "cuda"] = "cpu"
     cpus_per_worker: float = Field(default=1.0, ge=0)
     environment_names: tuple[str, ...] = ()
+    min_nodes: int | None = None
     accelerator: str | None = None
     network: str | None = None
     host_memory: int | None = Field(default=None, gt=0)

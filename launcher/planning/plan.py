@@ -35,6 +35,7 @@ from launcher.planning.rank_memory import RankMemory
 from launcher.planning.search import SearchResult, nothing_fits, search
 from launcher.planning.stages import pipeline_stages
 from launcher.recipe.schema import Recipe
+from launcher.recipe.tasks import TASKS
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -187,7 +188,8 @@ def _assemble(
     config: Mapping[str, Any] | None,
     deepspeed: DeepSpeedPlan,
 ) -> Plan:
-    model = None if config is None else model_shape(config)
+    counted = config is not None and TASKS[recipe.task].generates
+    model = model_shape(config) if counted and config is not None else None
     by_stage = ranks = step = None
     if config is not None and model is not None and uncounted_reason(deepspeed.config) is None:
         by_stage = states_by_zero_stage(recipe, config, layout, deepspeed)
@@ -231,6 +233,8 @@ def _notes(
             f"the config of {recipe.model.model_name_or_path} is on the hub and is not read here: "
             "parameters, memory and longest sequence are not checked"
         )
+    elif not TASKS[recipe.task].generates:
+        notes.append(f"parameters and memory are not counted: task {recipe.task} puts a head of its own on the model")
     elif reason := unknown_reason(config):
         notes.append(f"parameters and memory are not counted: {reason}")
     if unread := unread_fields(recipe):

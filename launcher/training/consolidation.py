@@ -19,6 +19,18 @@ _ROW = "parameter_with_row_parallelism_patterns"
 _REPLICATED = "tp_replicated_parameter_patterns"
 
 
+def trained_state_dict(folder: Path, zero_stage: int) -> dict[str, Any]:
+    """Read what an adapter's checkpoint holds: the trained weights only, in fp32 where it has fp32 ones."""
+    if zero_stage == 0:
+        return _model_state_dict(folder, zero_stage)
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    merged: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+        str(folder.parent), tag=folder.name, exclude_frozen_parameters=True
+    )
+    return merged
+
+
 def consolidated_state_dict(folder: Path, zero_stage: int, layout: Layout) -> dict[str, Any]:
     """Read a checkpoint's whole weights on the host, in fp32 where the checkpoint has fp32 ones.
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -13,6 +14,7 @@ from launcher.planning.accelerators import model_flops_per_token, peak_flops
 from launcher.planning.plan import Plan
 from launcher.recipe.loading import dump_recipe
 from launcher.run_directory import RunDirectory, append_json_line, read_json_lines, write_atomically
+from launcher.tasks import Metrics
 
 TENSORBOARD_TAGS = {
     "loss": "train/loss",
@@ -153,6 +155,9 @@ class Monitor:
             for key, tag in TENSORBOARD_TAGS.items():
                 if values.get(key) is not None:
                     self._writer.add_scalar(tag, values[key], step)
+            for key in values.keys() - TENSORBOARD_TAGS.keys():
+                if key.startswith("eval_") and key != "eval_targets":
+                    self._writer.add_scalar(f"evaluation/{key.removeprefix('eval_')}", values[key], step)
         return record
 
     def record_texts(self, step: int, texts: dict[str, str]) -> None:
@@ -163,6 +168,19 @@ class Monitor:
             )
             if self._writer is not None:
                 self._writer.add_text(f"samples/{index}", f"```\n{prompt}{continuation}\n```", step)
+
+    def record_report(self, step: int, metrics: Metrics) -> None:
+        """Write an evaluation's tables to TensorBoard: the report, and the confusion matrix as a picture."""
+        if self._writer is None:
+            return
+        if metrics.text:
+            self._writer.add_text("evaluation/report", f"```\n{metrics.text}\n```", step)
+        if "confusion_matrix" in metrics.report:
+            rows = np.array(metrics.report["confusion_matrix"]["rows"], np.float64)
+            shares = rows / np.maximum(rows.sum(axis=1, keepdims=True), 1)
+            side = max(1, 256 // len(shares))
+            picture = np.kron(shares, np.ones((side, side)))
+            self._writer.add_image("evaluation/confusion_matrix", picture, step, dataformats="HW")
 
     def close(self) -> None:
         """Flush and close the event file."""

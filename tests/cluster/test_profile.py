@@ -218,3 +218,16 @@ def test_cuda_without_a_gpu_needs_a_number_of_workers(gpus):
     assert Profile(device="cuda", workers_per_node=8).counts() == (1, 8, "cuda")
     with pytest.raises(ProfileResourceError, match="this machine shows no GPU; set workers_per_node to a number"):
         Profile(name="p", device="cuda").counts()
+
+
+def test_an_elastic_number_of_nodes(tmp_path: Path):
+    path = tmp_path / "p.yaml"
+    path.write_text("backend: ray\nnodes: {min: 2, max: 8}\n")
+    profile = load_profile(path)
+    assert (profile.nodes, profile.min_nodes) == (8, 2)
+    path.write_text("backend: ray\nnodes: {min: 9, max: 8}\n")
+    with pytest.raises(ProfileError, match="min_nodes is 9, more than nodes 8"):
+        load_profile(path)
+    path.write_text("backend: slurm\nworkers_per_node: 1\ndevice: cpu\nnodes: {min: 2, max: 8}\n")
+    with pytest.raises(ProfileError, match="an elastic number of nodes is not supported on the slurm backend"):
+        load_profile(path)

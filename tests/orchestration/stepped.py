@@ -72,6 +72,8 @@ class ScriptedGroup:
     polls: list[GroupStatus]
     clock: Clock
     world_size: int = 2
+    nodes: int = 3
+    sizes: list[int | None] = field(default_factory=lambda: [None])
     calls: list[str] = field(default_factory=list)
     avoided: list[tuple[str, ...]] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
@@ -79,6 +81,13 @@ class ScriptedGroup:
 
     def missing_nodes(self) -> int:
         return self.missing.pop(0) if self.missing else 0
+
+    def best_size(self) -> int | None:
+        return self.sizes.pop(0) if len(self.sizes) > 1 else self.sizes[0]
+
+    def resize(self, nodes: int) -> None:
+        self.calls.append(f"resize {nodes}")
+        self.nodes = nodes
 
     def start(self, attempt: int, avoid: Sequence[str]) -> None:
         self.calls.append(f"start {attempt}")

@@ -76,6 +76,8 @@ def test_a_running_attempt_has_lost_nothing_yet() -> None:
     assert "lost work" not in found.seconds
     assert found.seconds["training"] == pytest.approx(91)
     assert found.wall == 150
+    older = account(EVENTS[:2], {**running, "time": 129.0})
+    assert older.wall == 30, "a ledger from before the attempt is that of an earlier driver's attempt 1"
     stale = account(EVENTS[:3], running)
     assert stale.wall == 152, "a ledger of an attempt that has ended says nothing more"
 

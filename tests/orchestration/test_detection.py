@@ -82,6 +82,17 @@ def test_two_that_do_not_answer_are_both_named() -> None:
     assert str(found[1]).endswith("does not answer; 6 ranks wait in agreeing on the batch")
 
 
+def test_what_a_silent_rank_said_last_is_no_excuse() -> None:
+    def stopped(now: float) -> dict[int, Beat]:
+        late = beat(1, 3, Phase.ENGINE, time=0.0, step=0, made=0)
+        return {0: beat(0, 61, Phase.AGREE, time=now, made=12), 1: late}
+
+    found = watch(stopped, 100)
+    assert found is not None
+    assert found[0] == 30
+    assert [suspect.rank for suspect in found[1].suspects] == [1]
+
+
 def test_a_long_start_and_a_long_save_are_no_hang() -> None:
     def saving(now: float, progress: int) -> dict[int, Beat]:
         return {rank: beat(rank, progress, Phase.SAVE, time=now) for rank in range(4)}

@@ -105,11 +105,14 @@ def test_faults_change_nothing_of_what_is_learned(
     path = plan_file(tmp_path, [asdict(cell) for cell in chain])
     monkeypatch.setitem(zerofleet.environment, SWITCH, str(path))
     directory = RunDirectory.at(tmp_path / "run")
-    summary = zerofleet.train(
-        directory.path,
+    code, out, err = zerofleet.run(
+        *("run", str(zerofleet.recipe), "--run-dir", str(directory.path), "--json"),
         *(f"save_steps={SAVE_STEPS}", "eval_steps=50", "max_restarts=20", "max_start_failures=20"),
         *("restart_delay_seconds=0", "exclude_node_after=null", "hang_seconds=4"),
+        timeout=800,
     )
+    assert code == 0, err
+    summary = json.loads(out)
     assert (summary["status"], summary["step"]) == ("complete", 150)
     assert records(directory) == records(uninterrupted), "no sample lost or repeated, every loss the same"
     found = incidents(directory)
@@ -127,9 +130,11 @@ def test_faults_change_nothing_of_what_is_learned(
 def test_a_stopped_rank_is_named_with_its_stacks_and_a_slow_one_too(
     zerofleet: Zerofleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The rank stands there for a moment first: heartbeats are looked at once a second, and these steps are short.
+    pause = {"fault": "slow", "point": "phase.data", "rank": 1, "step": 12, "steps": 1, "seconds": 2.5}
     stop = {"fault": "sigstop", "point": "phase.data", "rank": 1, "step": 12}
     slow = {"fault": "slow", "point": "phase.data", "rank": 0, "step": 30, "seconds": 0.15}
-    monkeypatch.setitem(zerofleet.environment, SWITCH, str(plan_file(tmp_path, [stop, slow])))
+    monkeypatch.setitem(zerofleet.environment, SWITCH, str(plan_file(tmp_path, [pause, stop, slow])))
     directory = RunDirectory.at(tmp_path / "run")
     code, _, err = zerofleet.run(
         *("run", str(zerofleet.recipe), "max_steps=80", "hang_seconds=6", "save_steps=10", "tensorboard=true"),

@@ -120,6 +120,21 @@ def test_what_is_recommended() -> None:
     assert in_repair < found.spare_nodes < in_repair + 4 * in_repair**0.5
 
 
+def test_an_elastic_run_shrinks_grows_and_loses_less() -> None:
+    scenario = Scenario(64, 20, days=20, spare_nodes=1, repair_hours=12, save_steps=30, save_seconds=5)
+    patient = PATIENT.model_copy(update={"wait_for_nodes_seconds": 1e6})
+    rigid, elastic = simulate(scenario, patient), simulate(replace(scenario, min_nodes=32), patient)
+    sizes = [event["nodes"] for event in elastic.events if event["state"] == "resizing"]
+    assert 64 in sizes
+    assert min(sizes) < 64
+    assert elastic.progress > rigid.progress + 0.05
+    assert "idle: waiting for nodes" not in elastic.account.seconds
+    assert sum(elastic.account.seconds.values()) == pytest.approx(elastic.account.wall)
+    found = recommend(scenario, patient)
+    assert (found.rigid_progress, found.elastic_progress) == (rigid.progress, elastic.progress)
+    assert rigid.progress == pytest.approx(rigid.goodput, abs=0.005), "on all nodes, time and steps say the same"
+
+
 def test_the_command(tmp_path) -> None:
     runner = CliRunner()
     recipe = tmp_path / "r.yaml"

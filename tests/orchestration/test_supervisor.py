@@ -121,7 +121,7 @@ def test_a_node_that_is_taken_before_its_grace_time_leaves_a_run_that_can_go_on(
 
 def test_lost_nodes_are_waited_for() -> None:
     run = Stepped.over(broken(died()), COMPLETE)
-    run.group.missing = [1, 1, 1, 0]
+    run.group.missing = [0, 1, 1, 1, 0]
     assert run.run() is RunState.COMPLETE
     assert run.states == [RunState.RUNNING, RunState.RECOVERING, RunState.WAITING, RunState.RUNNING, RunState.COMPLETE]
     assert run.facts(RunState.WAITING)[0]["missing_nodes"] == 1
@@ -179,3 +179,44 @@ def test_who_asks_to_stop_while_the_run_moves_is_heard() -> None:
     run.supervisor.step()
     run.supervisor.request_stop("Ctrl-C")
     assert run.run() is RunState.STOPPED
+
+
+def test_a_run_that_lost_a_node_goes_on_with_fewer_and_grows_after_a_save() -> None:
+    def at(step: int) -> GroupStatus:
+        return GroupStatus({0: beat(step=step, saved_step=step // 10 * 10)})
+
+    stopped = GroupStatus({0: beat(step=43, saved_step=43)}, results=results("stopped"))
+    run = Stepped.over(
+        *(at(7), broken(died(), saved_step=10), at(12), at(15), at(21), at(31), at(42)),
+        stopped,
+        COMPLETE,
+        resize_interval_seconds=1,
+    )
+    run.group.missing = [0, 1, 0, 0]
+    run.group.sizes = [2, 2, 2, 3]
+    assert run.run() is RunState.COMPLETE
+    assert run.group.calls == [
+        *("start 1", "stop", "resize 2", "start 2", "request_stop", "stop", "resize 3", "start 3", "stop")
+    ]
+    assert run.states == [
+        *(RunState.RUNNING, RunState.RECOVERING, RunState.RESIZING, RunState.RUNNING, RunState.DRAINING),
+        *(RunState.RESIZING, RunState.RUNNING, RunState.COMPLETE),
+    ]
+    shrunk, grown = run.facts(RunState.RESIZING)
+    assert (shrunk["nodes_before"], shrunk["nodes"], grown["nodes_before"], grown["nodes"]) == (3, 2, 2, 3)
+
+
+def test_a_run_does_not_grow_more_often_than_the_recipe_says() -> None:
+    growing = [GroupStatus({0: beat(step=10 * n, saved_step=10 * n)}) for n in range(1, 9)]
+    run = Stepped.over(*growing, COMPLETE, resize_interval_seconds=1000)
+    run.group.missing, run.group.sizes = [1, 0], [2, 3]
+    assert run.run() is RunState.COMPLETE
+    assert run.group.calls == ["resize 2", "start 1", "stop"]
+
+
+def test_too_few_nodes_are_waited_for_even_by_an_elastic_run() -> None:
+    run = Stepped.over(broken(died()), COMPLETE)
+    run.group.missing = [0, 2, 2, 1]
+    run.group.sizes = [None, None, 2]
+    assert run.run() is RunState.COMPLETE
+    assert run.states[2:5] == [RunState.WAITING, RunState.RESIZING, RunState.RUNNING]

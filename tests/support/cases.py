@@ -2,10 +2,13 @@
 
 import ctypes
 import os
+import signal
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -15,7 +18,7 @@ from launcher.models.parallel import whole_logits
 from launcher.models.sequence import whole_sequences
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory
-from launcher.training.context import Heartbeat, WorkerContext
+from launcher.training.context import Heartbeat, Phase, WorkerContext
 from launcher.training.engine import check_precision
 from launcher.training.loop import open_session, train
 
@@ -149,3 +152,60 @@ def initial_weights(run_directory: str, data: str) -> dict[str, Any]:
     session.engine.destroy()
     forget_groups()
     return sums
+
+
+def watch_losses(run_directory: str, losses: list[float], **settings: Any) -> dict[str, Any]:
+    """Let every rank note these losses, one a step of 4 samples and 2 targets; returns at which step it was stopped."""
+    from launcher.errors import NumericError
+    from launcher.recipe.schema import FaultToleranceSection
+    from launcher.training.numeric import LossWatch, Observed
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    watch = LossWatch(FaultToleranceSection(**settings), RunDirectory.at(run_directory), rank)
+    for step, loss in enumerate(losses, start=1):
+        begin = 4 * (step - 1)
+        if watch.is_skipped(begin, begin + 4):
+            continue
+        try:
+            watch.check()
+            # What is wrong on the last rank alone is wrong on all.
+            own = loss if rank == world_size - 1 else losses[0]
+            watch.note(torch.tensor(own * 2 / world_size), Observed(step, begin, begin + 4, 2))
+        except NumericError as error:
+            return {"step": step, "text": str(error)}
+    try:
+        watch.check()
+    except NumericError as error:
+        return {"step": len(losses) + 1, "text": str(error)}
+    return {"step": None, "text": ""}
+
+
+def run_with_held_writer(run_directory: str, data: str, hold_at: int, release_at: int | None) -> dict[str, Any]:
+    """Train, and hold the process that writes checkpoints as a slow disk would.
+
+    Args:
+        run_directory: of the run.
+        data: folder of the prepared data.
+        hold_at: the process is stopped before the save of this step.
+        release_at: it goes on before the save of this step; None: half a second later.
+    """
+    plan = Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
+    context = _context(run_directory)
+    heartbeat, enter = context.heartbeat, context.heartbeat.enter
+
+    def send(number: int) -> None:
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    def watching(phase: Any) -> None:
+        if phase == Phase.SAVE and heartbeat.step == hold_at:
+            send(signal.SIGSTOP)
+            if release_at is None:
+                threading.Timer(0.5, send, [signal.SIGCONT]).start()
+        if phase == Phase.SAVE and heartbeat.step == release_at:
+            send(signal.SIGCONT)
+        enter(phase)
+
+    heartbeat.enter = watching  # type: ignore[method-assign]
+    result = train(plan, context, PreparedData.load(Path(data)), torch.device("cpu"))
+    return {**asdict(result), "notices": heartbeat.read().notices}

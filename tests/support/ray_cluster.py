@@ -20,7 +20,7 @@ from cluster.ray_node import (
     start_head,
     start_worker,
 )
-from tests.support.network import Network
+from tests.support.network import Machine, Network
 
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 START_TIMEOUT_S = 90
@@ -60,6 +60,12 @@ class NetworkRay:
             self._start(machine.name, machine.command(), f"--address={self.address}", ip=machine.address)
         self._await([machine.name for machine in self.network.machines])
         return self
+
+    def restart(self, machine: Machine) -> None:
+        """Start Ray again on a machine that was off; returns when it has joined."""
+        (self.network.folder / f"ray-{machine.name}.log").unlink(missing_ok=True)
+        self._start(machine.name, machine.command(), f"--address={self.address}", ip=machine.address)
+        self._await([machine.name])
 
     def _start(self, name: str, prefix: list[str], *options: str, ip: str) -> None:
         common = (f"--num-cpus={self.cpus}", "--object-store-memory=128000000", "--disable-usage-stats", "--block")

@@ -1,4 +1,4 @@
-"""Where the processes of a group that stands still are: their Python stacks, taken on their nodes with py-spy."""
+"""Tasks on a given node: whether it answers, where its processes stand (their stacks, by py-spy), and ending one."""
 
 import contextlib
 import os
@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 DUMP_TIMEOUT_S = 10.0
 COLLECT_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 5.0
 
 
 def dump(pid: int) -> str:
@@ -31,6 +32,24 @@ def dump(pid: int) -> str:
     except subprocess.TimeoutExpired:
         return f"py-spy gave no answer in {DUMP_TIMEOUT_S:.0f} s"
     return done.stdout if done.returncode == 0 else f"py-spy failed: {done.stderr.strip()}"
+
+
+def answering(nodes: Sequence[str]) -> set[str]:
+    """Which of some nodes, by Ray's ids, run a task within a few seconds."""
+    task = ray.remote(os.getpid)
+    asked = {}
+    for node in nodes:
+        where = NodeAffinitySchedulingStrategy(node, soft=False)
+        asked[task.options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote()] = node
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_TIMEOUT_S)
+    for reference in late:
+        ray.cancel(reference, force=True)
+    found = set()
+    for reference in ready:
+        with contextlib.suppress(RayError):
+            ray.get(reference)
+            found.add(asked[reference])
+    return found
 
 
 def end(pid: int) -> None:
