@@ -21,6 +21,8 @@ IDS = [[5, 9, 200, 3, 77, 150, 8, 1]]
 LAYOUTS = {
     "tensor ZeRO 0": ("tensor_parallel_size=2", "zero.stage=0"),
     "tensor ZeRO 1": ("tensor_parallel_size=2", "zero.stage=1"),
+    "tensor ZeRO 1 tied": ("tensor_parallel_size=2", "zero.stage=1"),
+    "tensor ZeRO 3 tied": ("tensor_parallel_size=2", "zero.stage=3"),
     "tensor ZeRO 3": ("tensor_parallel_size=2", "zero.stage=3"),
     "sequence ZeRO 2": ("sequence_parallel_size=2", "zero.stage=2"),
     "sequence ZeRO 3": ("sequence_parallel_size=2", "zero.stage=3"),
