@@ -16,6 +16,7 @@ from launcher.recipe.schema import Recipe
 
 _ALL_STAGES = frozenset({0, 1, 2, 3})
 _ALL_PRECISIONS = frozenset({"fp32", "bf16", "fp16"})
+_FP16_STAGES = frozenset({1, 2})
 _PIPELINE_STAGES = (
     "DeepSpeed's pipeline refuses stages 2 and 3 (runtime/pipe/engine.py), and under stage 0 clips by a wrong norm, "
     "which leaves out the parameters of all stages but one (runtime/utils.py: clip_grad_norm_)"
@@ -91,15 +92,6 @@ COMBINATIONS: tuple[Combination, ...] = (
         source="runtime/pipe/topology.py (PipeModelDataParallelTopology), module_inject/layers.py",
         test="test_layouts_pipeline.py",
     ),
-    Combination(
-        groups=frozenset({"expert"}),
-        zero_stages=frozenset({1, 2}),
-        precisions=frozenset({"fp32"}),
-        offload=False,
-        reason="checkpoints of stage 3 hold parts of experts that are not put together yet",
-        source="runtime/engine.py: _configure_expert_parallel (AutoEP)",
-        test="test_layouts_expert.py",
-    ),
 )
 """Every legal combination. The search of layouts enumerates these rows and nothing else."""
 
@@ -112,7 +104,7 @@ FAMILIES_BY_KIND: dict[str, frozenset[str]] = {
     ),
     "sequence": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"}),
     "pipeline": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}),
-    "expert": frozenset({"mixtral", "qwen3_moe"}),
+    "expert": frozenset(),
 }
 """Families that a test of ours has trained with each kind of groups."""
 
@@ -154,6 +146,12 @@ def combination_problems(layout: Layout, zero_stage: int, precision: str, offloa
         problems.append(Problem(f"{message}; set it to {_closest(row.zero_stages, zero_stage)}", "zero.stage"))
     if precision not in row.precisions:
         message = f"is {precision}, but {_named(groups)} is trained by our tests in {_either(row.precisions)} only"
+        problems.append(Problem(message, "training.precision"))
+    elif precision == "fp16" and zero_stage not in _FP16_STAGES:
+        message = (
+            f"is fp16, which our tests train under ZeRO stage {_either(_FP16_STAGES)} only: under 0 and 3 the losses"
+        )
+        message += " or gradient norms were not those of plain PyTorch; set zero.stage, or another precision"
         problems.append(Problem(message, "training.precision"))
     if offloads and not row.offload:
         message = f"no test of ours offloads with {_named(groups)}; leave offload_optimizer and offload_param out"

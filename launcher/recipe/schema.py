@@ -544,18 +544,22 @@ class Recipe(Section):
         if self.evaluation.generate.prompts and not entry.generates:
             raise ValueError(f"task {self.task} generates no text: leave evaluation.generate.prompts out")
         sizes = self.parallel
-        if (
-            not entry.packed_text
-            and max(
+        spread = (
+            max(
                 sizes.tensor_parallel_size,
                 sizes.pipeline_parallel_size,
                 sizes.sequence_parallel_size,
                 sizes.expert_parallel_size,
             )
             > 1
-        ):
+        )
+        if not entry.packed_text and spread:
             raise ValueError(f"task {self.task} is data parallel only, with any ZeRO stage: leave parallel out")
-        spread = max(sizes.tensor_parallel_size, sizes.pipeline_parallel_size, sizes.sequence_parallel_size) > 1
+        if self.data.format != "text" and spread:
+            raise ValueError(
+                f"data.format {self.data.format} makes batches of different lengths, which no test of ours has trained "
+                "but data parallel: leave parallel out"
+            )
         if self.optimizer.layer_wise_lr_decay is not None and spread:
             raise ValueError("optimizer.layer_wise_lr_decay is for data parallel runs: leave parallel out")
         if self.training.adversarial is not None and (spread or self.zero.stage == 3 or self.adapter is not None):

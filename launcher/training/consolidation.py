@@ -141,6 +141,8 @@ def joined(parts: Sequence[Mapping[str, Tensor]], patterns: Mapping[str, Any]) -
     """
     whole = {}
     for name, first in parts[0].items():
+        if any(name not in part for part in parts):
+            continue  # the other name of a tied weight, which DeepSpeed writes down on one rank only
         if _matches(name, patterns.get(_REPLICATED, ())):
             whole[name] = first
         else:

@@ -113,7 +113,12 @@ def test_offload_to_nvme_is_not_proved(make_recipe: MakeRecipe) -> None:
     refused(recipe, "zero.offload_optimizer: is nvme, where no test of ours has offloaded anything; set it to cpu")
 
 
-def test_experts_that_do_not_divide(make_recipe: MakeRecipe) -> None:
-    mixtral = {"model.config.model_type": "mixtral", "model.config.num_local_experts": 6}
-    recipe = make_recipe({**mixtral, "parallel.expert_parallel_size": 4})
-    refused(recipe, "parallel.expert_parallel_size: 4 does not divide the model's 6 experts; sizes that do: 1, 2, 3, 6")
+def test_conversations_are_data_parallel(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(ValueError, match=r"data\.format chat makes batches of different lengths"):
+        make_recipe({"parallel.pipeline_parallel_size": 2, "data.format": "chat"})
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_fp16_wants_zero_1_or_2(make_recipe: MakeRecipe, stage: int) -> None:
+    recipe = make_recipe({"training.precision": "fp16", "zero.stage": stage})
+    refused(recipe, "training.precision: is fp16, which our tests train under ZeRO stage 1 or 2 only")

@@ -33,7 +33,7 @@ def test_bf16(layout: str, ranks_of: RanksOf, equality: Equality) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_fp16_with_a_loss_scale_that_grows(
     stage: int, ranks_of: RanksOf, equality: Equality, fp16_on_any_cpu: None
 ) -> None:

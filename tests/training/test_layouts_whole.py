@@ -21,6 +21,8 @@ IDS = [[5, 9, 200, 3, 77, 150, 8, 1]]
 LAYOUTS = {
     "tensor ZeRO 0": ("tensor_parallel_size=2", "zero.stage=0"),
     "tensor ZeRO 1": ("tensor_parallel_size=2", "zero.stage=1"),
+    "tensor ZeRO 1 tied": ("tensor_parallel_size=2", "zero.stage=1"),
+    "tensor ZeRO 3 tied": ("tensor_parallel_size=2", "zero.stage=3"),
     "tensor ZeRO 3": ("tensor_parallel_size=2", "zero.stage=3"),
     "sequence ZeRO 2": ("sequence_parallel_size=2", "zero.stage=2"),
     "sequence ZeRO 3": ("sequence_parallel_size=2", "zero.stage=3"),
@@ -28,8 +30,6 @@ LAYOUTS = {
     "pipeline tied": ("pipeline_parallel_size=2", "zero.stage=1"),
     "pipeline tensor": ("pipeline_parallel_size=2", "tensor_parallel_size=2", "zero.stage=1"),
     "pipeline tensor tied": ("pipeline_parallel_size=2", "tensor_parallel_size=2", "zero.stage=1"),
-    "expert ZeRO 1": ("expert_parallel_size=2", "zero.stage=1"),
-    "expert ZeRO 2": ("expert_parallel_size=2", "zero.stage=2"),
 }
 
 
