@@ -52,8 +52,11 @@ def test_a_real_recipe_fits_the_cluster_that_it_names(name: str) -> None:
 def test_every_recipe_is_planned_and_has_the_parameters_that_transformers_counts(name: str) -> None:
     line = RECIPES[name] if RECIPES[name].startswith("# zerofleet plan ") else f"# zerofleet plan {name}"
     plan = planned(*shlex.split(line.removeprefix("# zerofleet ")))
+    if plan.model is None:
+        assert name.startswith(("finetune/", "pretrain/")), "models that are pretrained, or have a head of their task"
+        assert any("not counted" in note or "not checked" in note for note in plan.notes)
+        return
     assert plan.transformers_config is not None
-    assert plan.model is not None
     assert plan.model.num_parameters == meta_count(plan.transformers_config)
 
 
