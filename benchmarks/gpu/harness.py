@@ -151,7 +151,7 @@ def measure(case: Case, device: Any, *, steps: int, warm_up: int) -> Measured:
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    task = CausalLanguageModelling(plan)
+    task = CausalLanguageModelling(plan, {})
     model = task.build_model()
     if case.lora_rank:
         model = with_adapter(model, case.lora_rank)

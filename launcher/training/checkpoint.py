@@ -14,7 +14,7 @@ from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import Manifest, read_manifest
 from launcher.checkpoints.resumable import check_resumable, partitioning_of
 from launcher.checkpoints.retention import prune
-from launcher.errors import CheckpointError, StorageError
+from launcher.errors import StorageError
 from launcher.planning.plan import Plan
 from launcher.recipe.loading import recipe_hash
 from launcher.training import upstream
@@ -246,11 +246,6 @@ class CheckpointManager:
         resumption = check_resumable(manifest, self.plan, self.data_fingerprint, folder)
         engine.checkpoint_engine = self.files
         adapter = self.plan.recipe.adapter is not None
-        if resumption.differences and adapter:
-            raise CheckpointError(
-                f"{folder} was saved in another layout ({'; '.join(map(str, resumption.differences))}); an adapter's "
-                "checkpoint is continued in its own"
-            )
         if resumption.differences:
             load_universal(engine, restorer.converted(folder, manifest), self.plan.zero_stage)
         else:

@@ -254,8 +254,8 @@ def test_a_comparison_shows_both_plans(make_recipe: MakeRecipe) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"adapter": {"method": "lora"}}, "some are frozen here"),
-        ({"model.freeze": ["embed_tokens"]}, "some are frozen here"),
+        ({"adapter": {"method": "lora"}}, "an adapter has gradients"),
+        ({"model.freeze": ["embed_tokens"]}, "frozen weights have neither"),
     ],
     ids=["adapter", "frozen"],
 )
