@@ -249,3 +249,21 @@ def test_a_comparison_shows_both_plans(make_recipe: MakeRecipe) -> None:
     assert rows["communication inside layers"].before == 0 < rows["communication inside layers"].after
     assert rows["activations on a rank"].after < rows["activations on a rank"].before
     assert "waiting for pipeline stages" not in rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"adapter": {"method": "lora"}}, "an adapter has gradients"),
+        ({"model.freeze": ["embed_tokens"]}, "frozen weights have neither"),
+    ],
+    ids=["adapter", "frozen"],
+)
+def test_what_is_not_training_of_all_parameters_is_neither_refused_nor_searched(
+    make_recipe: MakeRecipe, changes: dict[str, Any], reason: str
+) -> None:
+    training = {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 1}
+    recipe = make_recipe({**BIG, "training": training, "zero.stage": 0, **changes})
+    assert any(reason in note for note in make_plan(recipe, H100).notes)
+    with pytest.raises(PlanError, match=f"no layout can be chosen: .*{reason}"):
+        search_layouts(recipe, H100)
