@@ -390,6 +390,7 @@ def _summary(
         "metrics": {name: value for name, value in metrics.items() if name.startswith("eval_")},
         "unigram_loss": baseline,
         "tokens_per_second": metrics.get("tokens_per_second"),
+        **{key: metrics.get(key) for key in ("step_seconds", "phase_seconds", "memory_bytes")},
         "seconds": round(time.time() - started, 2),
         "timeline": {name: round(moment - started, 2) for name, moment in timeline.items()},
         "checkpoint": str(present[-1]) if (present := folders.complete(run_directory.checkpoints)) else None,

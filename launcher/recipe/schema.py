@@ -422,6 +422,25 @@ class LoggingSection(Section):
     """Write which samples each rank trained on at each step to `logs/samples_RANK.jsonl`."""
 
 
+class ProfilingSection(Section):
+    """A window of steps under a profiler; a profiled step is slower than others."""
+
+    start_step: int | None = Field(default=None, ge=1)
+    """First step to record with torch's profiler; null records none. The first steps of a run are unlike the others."""
+    num_steps: int = Field(default=3, ge=1, le=100)
+    """So many steps."""
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Which ranks record; each writes a file to `profile/`."""
+    memory: bool = False
+    """Record allocations too."""
+    shapes: bool = False
+    """Record the shapes of what each operation gets."""
+    stacks: bool = False
+    """Record the lines of code; slow."""
+    flops_step: int | None = Field(default=None, ge=1)
+    """Have DeepSpeed's FLOPs profiler count this step, layer by layer, into rank 0's log."""
+
+
 class ExportSection(Section):
     """The Hugging Face folder written at the end."""
 
@@ -511,6 +530,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
+    profiling: ProfilingSection = ProfilingSection()
     export: ExportSection = ExportSection()
     fault_tolerance: FaultToleranceSection = FaultToleranceSection()
 
