@@ -12,7 +12,7 @@ from launcher.checkpoints import folders
 from launcher.checkpoints.disk import sync_folder
 from launcher.checkpoints.files import path_inside
 from launcher.checkpoints.manifest import MANIFEST_NAME, Manifest, faults_of, parse_manifest
-from launcher.checkpoints.retention import Candidate, is_pinned, to_prune
+from launcher.checkpoints.retention import Candidate, is_pinned, score_of, to_prune
 from launcher.errors import CheckpointError, StorageError
 from launcher.recipe.schema import CheckpointSection
 
@@ -144,7 +144,7 @@ class RemoteCheckpoints:
         candidates = []
         for step in self.steps():
             try:
-                loss = self.manifest(step).eval_loss
+                loss = score_of(self.manifest(step))
             except CheckpointError:
                 loss = None
             candidates.append(Candidate(step, loss, is_pinned(checkpoints / folders.folder_name(step))))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.checkpoints import folders
-from launcher.checkpoints.manifest import faults_of, read_manifest
+from launcher.checkpoints.manifest import Manifest, faults_of, read_manifest
 from launcher.errors import CheckpointError
 from launcher.recipe.schema import CheckpointSection
 
@@ -56,12 +56,17 @@ def to_prune(candidates: Sequence[Candidate], section: CheckpointSection) -> lis
     return [candidate.step for candidate in by_step if candidate.step not in kept]
 
 
+def score_of(manifest: Manifest) -> float | None:
+    """What the best checkpoints are chosen by, smaller is better: the watched metric, or else the validation loss."""
+    return manifest.eval_loss if manifest.eval_score is None else manifest.eval_score
+
+
 def candidate_of(folder: Path) -> Candidate:
     """Look at a checkpoint's manifest and at the sizes of its files."""
     step = folders.step_of(folder)
     try:
         manifest = read_manifest(folder)
-        loss = manifest.eval_loss if manifest.eval_score is None else manifest.eval_score
+        loss = score_of(manifest)
         trusted = not faults_of(folder, contents=False)
     except CheckpointError:
         return Candidate(step, None, is_pinned(folder), trusted=False)
