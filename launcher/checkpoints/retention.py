@@ -18,7 +18,7 @@ class Candidate:
 
     Attributes:
         step: of the checkpoint.
-        eval_loss: validation loss at that step, if it was measured.
+        eval_loss: validation loss (or the metric that is watched, smaller is better) at that step, if it was measured.
         pinned: a person wants it kept.
         trusted: its manifest reads well and its files have their sizes.
     """
@@ -60,7 +60,8 @@ def candidate_of(folder: Path) -> Candidate:
     """Look at a checkpoint's manifest and at the sizes of its files."""
     step = folders.step_of(folder)
     try:
-        loss = read_manifest(folder).eval_loss
+        manifest = read_manifest(folder)
+        loss = manifest.eval_loss if manifest.eval_score is None else manifest.eval_score
         trusted = not faults_of(folder, contents=False)
     except CheckpointError:
         return Candidate(step, None, is_pinned(folder), trusted=False)

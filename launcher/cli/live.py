@@ -5,6 +5,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from launcher.cli.plan_text import beside_lines
 from launcher.orchestration.progress import Pace, progress_line, readable_seconds
 from launcher.orchestration.supervisor import GroupStatus, RunState
 from launcher.run_directory import RunDirectory
@@ -95,7 +96,12 @@ def print_summary(summary: dict[str, Any], plan: "Plan", run_directory: RunDirec
         print(f"{name}: stopped and saved at step {summary['step']}; the same command continues")
     for label, text in _facts(summary):
         print(f"  {label:<22}{text}")
+    for line in beside_lines(plan, summary):
+        print(f"  {line}")
     print(f"  {'look at it with':<22}zerofleet tensorboard {_relative(run_directory)}")
+
+
+_SHOWN_ELSEWHERE = ("eval_loss", "eval_perplexity", "eval_targets")
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -103,7 +109,10 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary.get("loss") is not None:
         facts.append(("training loss", f"{summary['loss']:.4f}"))
     if summary.get("eval_loss") is not None:
-        facts.append(("validation loss", f"{summary['eval_loss']:.4f} (perplexity {summary['eval_perplexity']:.2f})"))
+        perplexity = f" (perplexity {summary['eval_perplexity']:.2f})" if summary["unigram_loss"] is not None else ""
+        facts.append(("validation loss", f"{summary['eval_loss']:.4f}{perplexity}"))
+        shown = {name: value for name, value in summary.get("metrics", {}).items() if name not in _SHOWN_ELSEWHERE}
+        facts += [(name.removeprefix("eval_").replace("_", " "), f"{value:.4f}") for name, value in shown.items()]
         if summary.get("unigram_loss") is not None:
             gain = summary["unigram_loss"] - summary["eval_loss"]
             side = "below" if gain >= 0 else "above"

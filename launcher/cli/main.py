@@ -11,6 +11,7 @@ import typer
 from cluster.errors import ExpectedError
 from launcher.cli.checkpoint import checkpoint
 from launcher.cli.doctor import doctor
+from launcher.cli.evaluate import evaluate, generate
 from launcher.cli.jobs import cancel, jobs, status
 from launcher.cli.logs import attach, logs
 from launcher.cli.plan import plan
@@ -49,6 +50,8 @@ app.command()(doctor)
 app.command()(simulate)
 app.command()(prepare)
 app.command()(export)
+app.command()(evaluate)
+app.command()(generate)
 app.command()(tensorboard)
 app.add_typer(recipes, name="recipes")
 app.add_typer(profile, name="profile")

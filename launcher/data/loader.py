@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 LOCATE_AT_ONCE = 4096
 """Samples that are looked up in the order together: 1 to 3 microseconds each then, some 100 for one alone."""
 
+EPOCH = "epoch"
+"""Name under which a training sample tells its epoch, so that a task can vary it from one epoch to the next."""
+
 Sample = Mapping[str, Any]
 Collate = Callable[[Sequence[Sample]], "Batch"]
 
@@ -125,7 +128,7 @@ class BatchLoader(Iterator[StepBatch]):
 
     def _read_step(self) -> StepBatch:
         sample_ids, consumed_samples = next(self._steps)
-        samples = [self.datasets[source][row] for source, row, _ in sample_ids.tolist()]
+        samples = [{**self.datasets[source][row], EPOCH: epoch} for source, row, epoch in sample_ids.tolist()]
         size = self.batch.micro_batch_size
         micro_batches = [self.collate(samples[start : start + size]) for start in range(0, len(samples), size)]
         return StepBatch(micro_batches, sample_ids, consumed_samples)
@@ -175,5 +178,10 @@ def evaluation_batches(
 
 
 def without_targets(sample: Sample) -> Sample:
-    """Return the sample with every label ignored."""
-    return {**sample, "labels": np.full_like(sample["labels"], IGNORED)}
+    """Return the sample with every label (fields whose name ends with `labels`) ignored: -100, or NaN for numbers."""
+    ignored = {
+        name: np.full_like(values, np.nan if np.issubdtype(values.dtype, np.floating) else IGNORED)
+        for name, values in sample.items()
+        if name.endswith("labels")
+    }
+    return {**sample, **ignored}

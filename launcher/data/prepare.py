@@ -16,6 +16,7 @@ from cluster.errors import Problem
 from launcher.data.cache import building, cache_directory, only_one
 from launcher.data.encoding import DocumentEncoder, EncodedDocuments, map_in_order
 from launcher.data.packing import Rows, make_packer
+from launcher.data.prepare_examples import prepare_examples
 from launcher.data.progress import ProgressReporter
 from launcher.data.sampler import mixture_shares
 from launcher.data.sources import (
@@ -39,14 +40,17 @@ from launcher.data.store import (
 )
 from launcher.data.tokenizer import TokenizerFacts, load_tokenizer, tokenizer_identity, train_tokenizer
 from launcher.errors import DataError, SourceError
-from launcher.recipe.schema import Recipe
+from launcher.recipe.schema import Recipe, reads_packed_text
+from launcher.recipe.tasks import TASKS
 
 FORMAT = 1
 """Of prepared folders; part of the fingerprint, so that a newer form is prepared anew."""
 
 
 def prepare(recipe: Recipe, *, progress: bool = True) -> PreparedData:
-    """Tokenise and pack the recipe's data into the cache, unless it is there already.
+    """Bring the recipe's data into the form that its task reads, in the cache, unless it is there already.
+
+    Text is tokenised and packed here; other tasks' rows become examples (`prepare_examples`).
 
     Files are read once to hash them; later calls trust their size and time. Safe to call from several processes at
     once, and to kill at any moment.
@@ -62,9 +66,11 @@ def prepare(recipe: Recipe, *, progress: bool = True) -> PreparedData:
         SourceError: lists what is wrong with the sources or the tokenizer, by field of the recipe.
         StorageError: the cache cannot be written, or the disk is full.
     """
+    _check_weights(recipe)
+    if not reads_packed_text(recipe):
+        return prepare_examples(recipe, TASKS[recipe.task].load().encoder(recipe), progress=progress)
     cache = cache_directory(recipe)
     reporter = ProgressReporter(progress)
-    _check_weights(recipe)
     located = locate_sources(recipe, cache)
     name = fingerprint(recipe, located)
     directory = cache / name

@@ -12,7 +12,15 @@ from xxhash import xxh3_64_intdigest
 from cluster.errors import Problem
 from launcher.data.files import FileFacts, find_files, index_path, scan_files
 from launcher.errors import SourceError, StorageError
-from launcher.recipe.schema import HubSource, Recipe, SavedSource, Source, TextSource
+from launcher.recipe.schema import (
+    HubSource,
+    ImageFolderSource,
+    Recipe,
+    SavedSource,
+    ScikitLearnSource,
+    Source,
+    TextSource,
+)
 
 READ_BYTES = 1 << 20
 """Text that is read at once, about; a single document may be larger."""
@@ -43,7 +51,14 @@ class LocatedSource:
     def identity(self) -> list[Any]:
         """What decides its documents, without the paths: the same content elsewhere is the same source."""
         settings = self.source.model_dump(exclude={"files", "exclude", "path", "weight", "revision"})
-        return [self.serves, settings, [[file.size, file.digest] for file in self.files]]
+        identity: list[Any] = [self.serves, settings, [[file.size, file.digest] for file in self.files]]
+        return [*identity, [Path(file.path).parent.name for file in self.files]] if self.labels_by_folder else identity
+
+    @property
+    def labels_by_folder(self) -> bool:
+        """Whether a file's folder is its label."""
+        source = self.source
+        return isinstance(source, ImageFolderSource) or (isinstance(source, TextSource) and source.label_from_folder)
 
 
 def is_held_out(text: bytes, seed: int, fraction: float) -> bool:
@@ -76,9 +91,7 @@ def locate_sources(
     for where, source, serves in entries:
         paths, wrong = _paths(source)
         field = f"{where}.{'path' if isinstance(source, SavedSource | HubSource) else 'files'}"
-        patterns, exclude = (
-            ((source.path,), ()) if isinstance(source, SavedSource | HubSource) else (source.files, source.exclude)
-        )
+        patterns, exclude = _patterns(source)
         facts, unreadable = scan_files(paths, index_path(cache, patterns, exclude), on_file)
         found = LocatedSource(where, source, serves, tuple(facts))
         if source.type in ("json", "jsonl", "csv"):
@@ -90,6 +103,13 @@ def locate_sources(
     if problems:
         raise SourceError(recipe.name, problems)
     return located
+
+
+def _patterns(source: Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What names a source's files, and what leaves some out."""
+    if isinstance(source, ScikitLearnSource):
+        return (source.name,), ()
+    return ((source.path,), ()) if isinstance(source, SavedSource | HubSource) else (source.files, source.exclude)
 
 
 def _paths(source: Source) -> tuple[list[str], list[str]]:
@@ -114,6 +134,8 @@ def _paths(source: Source) -> tuple[list[str], list[str]]:
             has = f"; it holds the splits {', '.join(splits)}" if splits else ""
             return [], [f"{part} was not written by Dataset.save_to_disk{has}"]
         return sorted(str(path) for path in part.iterdir() if path.is_file()), []
+    if isinstance(source, ScikitLearnSource):
+        return [], []
     return find_files(source.files, source.exclude)
 
 
@@ -130,13 +152,11 @@ def open_documents(located: LocatedSource, scratch: Path, recipe_name: str) -> A
         StorageError: the disk is full.
     """
     source = located.source
-    try:
-        dataset = _load(located, scratch)
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever datasets, pyarrow, pandas or the network raise over bad input
-        raise_if_full(error, scratch)
-        raise SourceError(recipe_name, [Problem(_cannot_load(source, error), located.where)]) from error
+    if isinstance(source, ImageFolderSource | ScikitLearnSource):
+        raise SourceError(
+            recipe_name, [Problem(f"type {source.type} holds images, but the task reads text", located.where)]
+        )
+    dataset = open_table(located, scratch, recipe_name)
     column = source.text_column
     problem = None
     if column not in dataset.column_names:
@@ -146,6 +166,17 @@ def open_documents(located: LocatedSource, scratch: Path, recipe_name: str) -> A
     if problem is not None:
         raise SourceError(recipe_name, [Problem(problem, f"{located.where}.text_column")])
     return dataset.select_columns([column])
+
+
+def open_table(located: LocatedSource, scratch: Path, recipe_name: str) -> Any:
+    """Open a source as a `datasets.Dataset` with all its columns; see `open_documents`."""
+    try:
+        return _load(located, scratch)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever datasets, pyarrow, pandas or the network raise over bad input
+        raise_if_full(error, scratch)
+        raise SourceError(recipe_name, [Problem(_cannot_load(located.source, error), located.where)]) from error
 
 
 def _load(located: LocatedSource, scratch: Path) -> Any:

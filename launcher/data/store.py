@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from launcher.data.examples import FIELDS, ExamplesDataset
 from launcher.data.packing import Rows
 from launcher.data.sampler import evaluation_rows
 from launcher.errors import DataError
@@ -201,9 +202,25 @@ class PreparedData:
         """Folder of the tokenizer, for `AutoTokenizer.from_pretrained`."""
         return self.directory / TOKENIZER
 
-    def split(self, name: Split) -> list[PackedDataset]:
-        """Return one data set a source, in the order of the recipe; an empty list when nothing is held out."""
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the task's encoder learnt from the data; empty for packed text."""
+        facts: dict[str, Any] = self.settings.get("facts", {})
+        return facts
+
+    @property
+    def holds_examples(self) -> bool:
+        """Whether samples are labelled examples, not rows of packed text."""
+        return "facts" in self.settings
+
+    def split(self, name: Split) -> list[Any]:
+        """Return one data set a source, in the order of the recipe; an empty list when nothing is held out.
+
+        Packed rows (`PackedDataset`) or labelled examples (`ExamplesDataset`).
+        """
         folders = sorted((self.directory / name).glob("source_*"))
+        if self.holds_examples:
+            return [ExamplesDataset(folder) for folder in folders if (folder / FIELDS).exists()]
         return [PackedDataset(folder, self.settings["cross_document_attention"]) for folder in folders]
 
 

@@ -12,9 +12,17 @@ from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 from cluster.errors import Problem
 from launcher.errors import SourceError
 from launcher.recipe.schema import Recipe, TrainTokenizerSection
+from launcher.recipe.tasks import TASKS
 
 END_OF_TEXT = "<|endoftext|>"
-"""The one special token of a trained tokenizer: begin, end and padding."""
+"""The special token of every trained tokenizer: begin, end and padding."""
+BEGIN, SEPARATOR, MASK = "<|cls|>", "<|sep|>", "<|mask|>"
+"""Special tokens that a tokenizer gets besides when it is trained for a task of the BERT kind."""
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The plain form of ChatML."""
 SAMPLE_PIECE_CHARACTERS = 1 << 18
 TRAINER_VERSION = 1
 """Part of a trained tokenizer's identity; counts up when the same text would give other tokens."""
@@ -45,6 +53,22 @@ class TokenizerFacts(BaseModel):
     splits_words: bool
 
 
+def read_chat_template(recipe: Recipe) -> str:
+    """Return the chat template that the recipe names.
+
+    Raises:
+        SourceError: there is no such file.
+    """
+    name = str(recipe.tokenizer.chat_template)
+    if name == "chatml":
+        return CHATML
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = Problem(f"cannot read {name} ({error}); name a file, or chatml", "tokenizer.chat_template")
+        raise SourceError(recipe.name, [problem]) from error
+
+
 def tokenizer_origin(recipe: Recipe) -> tuple[str, str]:
     """Return the folder or hub name that a tokenizer is loaded from, and the recipe's field that says so."""
     if recipe.tokenizer.tokenizer_name_or_path is not None:
@@ -59,13 +83,15 @@ def tokenizer_identity(recipe: Recipe) -> list[Any]:
         SourceError: there is no such tokenizer.
     """
     if recipe.tokenizer.train is not None:
-        return ["train", TRAINER_VERSION, recipe.tokenizer.train.model_dump()]
+        identity = ["train", TRAINER_VERSION, recipe.tokenizer.train.model_dump()]
+        return [*identity, "encoder"] if TASKS[recipe.task].encoder_tokens else identity
     folder = tokenizer_folder(recipe)
     files = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
     if not any(path.name != "config.json" for path in files):
         name, field = tokenizer_origin(recipe)
         raise SourceError(recipe.name, [Problem(f"{name} holds no tokenizer files", field)])
-    return ["load", [[path.name, xxh3_128_hexdigest(path.read_bytes())] for path in files]]
+    identity = ["load", [[path.name, xxh3_128_hexdigest(path.read_bytes())] for path in files]]
+    return identity if recipe.tokenizer.pad_token is None else [*identity, recipe.tokenizer.pad_token]
 
 
 def tokenizer_folder(recipe: Recipe) -> Path:
@@ -109,19 +135,35 @@ def load_tokenizer(recipe: Recipe, directory: Path) -> TokenizerFacts:
         raise SourceError(recipe.name, [Problem(f"the tokenizer of {name} has no end-of-text token", field)])
     if not tokenizer.is_fast:
         raise SourceError(recipe.name, [Problem(f"the tokenizer of {name} has no tokenizer.json form", field)])
+    pad = recipe.tokenizer.pad_token
+    if pad is not None:
+        if pad not in tokenizer.get_vocab():
+            text = f"{pad!r} is no token of {name}; its special tokens are {', '.join(tokenizer.all_special_tokens)}"
+            raise SourceError(recipe.name, [Problem(text, "tokenizer.pad_token")])
+        tokenizer.pad_token = pad
     tokenizer.save_pretrained(directory)
     return _facts(directory, eos)
 
 
-def train_tokenizer(documents: Iterable[str], section: TrainTokenizerSection, directory: Path) -> TokenizerFacts:
+def train_tokenizer(
+    documents: Iterable[str], section: TrainTokenizerSection, directory: Path, encoder_tokens: bool = False
+) -> TokenizerFacts:
     """Train a byte-level BPE (Radford et al. 2019; `tokenizers`) and save it as a Hugging Face folder.
 
     The result is a function of the set of documents: neither their order nor the number of threads plays a part.
+
+    Args:
+        documents: texts to learn from.
+        section: size and limits.
+        directory: to save to.
+        encoder_tokens: add BERT's special tokens, and frame texts by them: begin, text, separator, second text and
+            separator.
     """
     from tokenizers import Tokenizer
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.processors import TemplateProcessing
     from tokenizers.trainers import BpeTrainer
 
     tokenizer = Tokenizer(BPE())
@@ -130,18 +172,24 @@ def train_tokenizer(documents: Iterable[str], section: TrainTokenizerSection, di
     trainer = BpeTrainer(
         vocab_size=section.vocab_size,
         min_frequency=section.min_frequency,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, BEGIN, SEPARATOR, MASK] if encoder_tokens else [END_OF_TEXT],
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(bounded_sample(documents, section.max_bytes), trainer)
+    names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    if encoder_tokens:
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{BEGIN} $A {SEPARATOR}",
+            pair=f"{BEGIN} $A {SEPARATOR} $B:1 {SEPARATOR}:1",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in (BEGIN, SEPARATOR)],
+        )
+        names |= {"cls_token": BEGIN, "sep_token": SEPARATOR, "mask_token": MASK}
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
+        **names,
         "clean_up_tokenization_spaces": False,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

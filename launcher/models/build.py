@@ -43,7 +43,7 @@ def build_config(plan: Plan) -> Any:
         raise ModelError(f"transformers refuses {origin}: {type(error).__name__}: {error}") from error
 
 
-def build_model(plan: Plan, auto_class: Any) -> PreTrainedModel:
+def build_model(plan: Plan, auto_class: Any, config: Any = None) -> PreTrainedModel:
     """Build the plan's model with weights.
 
     Random weights are a function of (seed, module name) alone: equal for every ZeRO stage and every layout, because
@@ -52,6 +52,7 @@ def build_model(plan: Plan, auto_class: Any) -> PreTrainedModel:
     Args:
         plan: names the model, its precision and the ZeRO stage.
         auto_class: the transformers auto class of the task, such as `AutoModelForCausalLM`.
+        config: the transformers config; default: `build_config(plan)`.
 
     Returns:
         The model: fp32 weights from a config (DeepSpeed casts them), on the host; partitioned already under ZeRO 3
@@ -60,8 +61,8 @@ def build_model(plan: Plan, auto_class: Any) -> PreTrainedModel:
     Raises:
         ModelError: transformers refuses the model.
     """
-    config = build_config(plan)
-    attention = plan.recipe.model.attn_implementation
+    config = build_config(plan) if config is None else config
+    attention = _attention(plan, auto_class, config)
     try:
         if plan.recipe.model.model_name_or_path is not None:
             model = _pretrained(plan, auto_class, config, attention)
@@ -73,6 +74,18 @@ def build_model(plan: Plan, auto_class: Any) -> PreTrainedModel:
     if plan.recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _attention(plan: Plan, auto_class: Any, config: Any) -> str:
+    """The recipe's attention kernel; `eager` for families that have no `sdpa` (a ResNet has no attention at all)."""
+    wanted = plan.recipe.model.attn_implementation
+    mapping = auto_class._model_mapping
+    if wanted == "sdpa" and type(config) in mapping:
+        found = mapping[type(config)]
+        models = found if isinstance(found, tuple | list) else [found]
+        if not any(model._supports_sdpa for model in models):
+            return "eager"
+    return wanted
 
 
 def _from_scratch(plan: Plan, auto_class: Any, config: Any, attention: str) -> PreTrainedModel:

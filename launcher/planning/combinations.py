@@ -91,6 +91,15 @@ COMBINATIONS: tuple[Combination, ...] = (
         source="runtime/pipe/topology.py (PipeModelDataParallelTopology), module_inject/layers.py",
         test="test_layouts_pipeline.py",
     ),
+    Combination(
+        groups=frozenset({"expert"}),
+        zero_stages=frozenset({1, 2}),
+        precisions=frozenset({"fp32"}),
+        offload=False,
+        reason="checkpoints of stage 3 hold parts of experts that are not put together yet",
+        source="runtime/engine.py: _configure_expert_parallel (AutoEP)",
+        test="test_layouts_expert.py",
+    ),
 )
 """Every legal combination. The search of layouts enumerates these rows and nothing else."""
 
@@ -103,7 +112,7 @@ FAMILIES_BY_KIND: dict[str, frozenset[str]] = {
     ),
     "sequence": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"}),
     "pipeline": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}),
-    "expert": frozenset(),
+    "expert": frozenset({"mixtral", "qwen3_moe"}),
 }
 """Families that a test of ours has trained with each kind of groups."""
 
@@ -227,10 +236,13 @@ def _pipeline_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str
 
 
 def _expert_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str]:
-    if shape.num_experts % size == 0:
-        return []
-    fits = _listed(divisors(shape.num_experts))
-    return [f"{size} does not divide the model's {shape.num_experts} experts; sizes that do: {fits}"]
+    problems = []
+    if shape.num_experts % size:
+        fits = _listed(divisors(shape.num_experts))
+        problems.append(f"{size} does not divide the model's {shape.num_experts} experts; sizes that do: {fits}")
+    if recipe.evaluation.generate.prompts:
+        problems.append("ranks that share experts cannot generate text; leave evaluation.generate.prompts out")
+    return problems
 
 
 _CHECKS: dict[str, Callable[[ModelShape, int, Recipe], list[str]]] = {

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from launcher.errors import PlanError, Problem
 from launcher.planning.families import FAMILIES, Family, invalid_values, list_parameters, resolve
 from launcher.recipe.schema import Recipe
+from launcher.recipe.tasks import TASKS
 
 _SAME_WORD = 0.85
 """Similarity (difflib) from which an unknown field is taken for a misspelt one: one letter of seven may differ."""
@@ -115,6 +116,8 @@ def check_model(recipe: Recipe) -> dict[str, Any] | None:
 
 def _with_vocabulary(recipe: Recipe, config: dict[str, Any]) -> tuple[dict[str, Any], Problem | None]:
     """Fill in a missing vocabulary size, or say why the model's does not go with the tokenizer's."""
+    if not TASKS[recipe.task].tokens:
+        return config, None
     stated, from_recipe = config.get("vocab_size"), recipe.model.config is not None
     where = "model.config.vocab_size" if from_recipe else "model.model_name_or_path"
     tokens, source = _tokenizer_size(recipe) or (None, "")

@@ -34,7 +34,9 @@ from launcher.planning.optimizers import optimizer_problems
 from launcher.planning.rank_memory import RankMemory
 from launcher.planning.search import SearchResult, nothing_fits, search
 from launcher.planning.stages import pipeline_stages
+from launcher.planning.uncounted import uncounted_task_reason
 from launcher.recipe.schema import Recipe
+from launcher.recipe.tasks import TASKS
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -117,7 +119,8 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
         formats = " or ".join(name for name in accelerator.peak if name != "fp8")
         message = f"is {recipe.training.precision}, which {accelerator.name} does not compute in; set it to {formats}"
         problems.append(Problem(message, "training.precision"))
-    if not problems and deepspeed is not None and config is not None and model_shape(config) is not None:
+    counted = uncounted_task_reason(recipe) is None
+    if counted and not problems and deepspeed is not None and config is not None and model_shape(config) is not None:
         problems += fit_problems(Candidate(recipe, config, layout, batch, deepspeed, resources))
     if problems or deepspeed is None:
         raise PlanError(recipe.name, problems)
@@ -142,6 +145,8 @@ def search_layouts(recipe: Recipe, resources: Resources) -> SearchResult:
     """
     config = check_model(recipe)
     shape = None if config is None else model_shape(config)
+    if reason := uncounted_task_reason(recipe):
+        raise PlanError(recipe.name, [Problem(f"no layout can be chosen: memory is not counted: {reason}", "parallel")])
     if config is None or shape is None:
         reason = "its config is on the hub and is not read here" if config is None else unknown_reason(config)
         message = f"no layout can be chosen without the model, but {reason}; name a folder that holds config.json"
@@ -187,9 +192,10 @@ def _assemble(
     config: Mapping[str, Any] | None,
     deepspeed: DeepSpeedPlan,
 ) -> Plan:
-    model = None if config is None else model_shape(config)
+    model = model_shape(config) if config is not None and TASKS[recipe.task].generates else None
+    counted = uncounted_task_reason(recipe) is None
     by_stage = ranks = step = None
-    if config is not None and model is not None and uncounted_reason(deepspeed.config) is None:
+    if counted and config is not None and model is not None and uncounted_reason(deepspeed.config) is None:
         by_stage = states_by_zero_stage(recipe, config, layout, deepspeed)
         ranks = estimate_ranks(recipe, config, layout, batch, deepspeed, resources.device)
     if config is not None and model is not None:
@@ -231,6 +237,8 @@ def _notes(
             f"the config of {recipe.model.model_name_or_path} is on the hub and is not read here: "
             "parameters, memory and longest sequence are not checked"
         )
+    elif reason := uncounted_task_reason(recipe):
+        notes.append(f"memory is not counted: {reason}")
     elif reason := unknown_reason(config):
         notes.append(f"parameters and memory are not counted: {reason}")
     if unread := unread_fields(recipe):

@@ -22,7 +22,7 @@ from launcher.errors import RecipeError
 from launcher.recipe.catalogue import find_recipe
 from launcher.recipe.overrides import apply_overrides
 from launcher.recipe.references import escape, resolve_references
-from launcher.recipe.schema import HubSource, Recipe, SavedSource, Source
+from launcher.recipe.schema import HubSource, Recipe, SavedSource, ScikitLearnSource, Source
 
 _PATH_BEGINNINGS = ("./", "../", "/", "~/")
 
@@ -96,7 +96,14 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
                 update={"model_name_or_path": _name_or_path(model.model_name_or_path, folder), "config": config}
             ),
             "tokenizer": tokenizer.model_copy(
-                update={"tokenizer_name_or_path": _name_or_path(tokenizer.tokenizer_name_or_path, folder)}
+                update={
+                    "tokenizer_name_or_path": _name_or_path(tokenizer.tokenizer_name_or_path, folder),
+                    "chat_template": None
+                    if tokenizer.chat_template is None
+                    else tokenizer.chat_template
+                    if tokenizer.chat_template == "chatml"
+                    else _absolute(tokenizer.chat_template, folder),
+                }
             ),
             "data": data.model_copy(
                 update={
@@ -107,13 +114,18 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
                     else _absolute(data.cache_directory, folder),
                 }
             ),
+            "distillation": None
+            if recipe.distillation is None
+            else recipe.distillation.model_copy(
+                update={"teacher_name_or_path": _name_or_path(recipe.distillation.teacher_name_or_path, folder)}
+            ),
             "deepspeed": deepspeed.model_copy(update={"config": deepspeed_config}),
         }
     )
 
 
 def _absolute_source(source: Source, folder: Path) -> Source:
-    if isinstance(source, HubSource):
+    if isinstance(source, HubSource | ScikitLearnSource):
         return source
     if isinstance(source, SavedSource):
         return source.model_copy(update={"path": _absolute(source.path, folder)})

@@ -3,15 +3,22 @@
 The strings under the fields are their documentation: ``zerofleet schema`` prints them as JSON Schema.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of every part of a recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+from launcher.recipe.section import Section
+from launcher.recipe.task_sections import (
+    AdapterSection,
+    ClassificationSection,
+    DistillationSection,
+    ImageSection,
+    MaskedLanguageModellingSection,
+    PreferenceSection,
+    SequenceToSequenceSection,
+)
+from launcher.recipe.tasks import TASKS, TaskName
 
 
 class ModelSection(Section):
@@ -23,7 +30,11 @@ class ModelSection(Section):
     """Train from random weights with this transformers configuration: a mapping with `model_type`, or the path of a
     `config.json`."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention kernel, as in transformers."""
+    """Attention kernel, as in transformers; `sdpa` means `eager` for a family that has no `sdpa`."""
+    freeze: tuple[str, ...] = ()
+    """Globs of parameters that are not trained, matched against their names (`*.embeddings.*`; `*`: all)."""
+    unfreeze: tuple[str, ...] = ()
+    """Globs of parameters that are trained all the same (`classifier.*`)."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":
@@ -52,6 +63,10 @@ class TokenizerSection(Section):
     """Folder or hub name; default: the model's."""
     train: TrainTokenizerSection | None = None
     """Train one from the training documents instead of loading one."""
+    chat_template: str | None = None
+    """A file with a Jinja template, or `chatml`; default: the loaded tokenizer's own."""
+    pad_token: str | None = None
+    """Which token of a loaded tokenizer pads, where it names none itself."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "TokenizerSection":
@@ -63,6 +78,8 @@ class TokenizerSection(Section):
 class _SourceBase(Section):
     text_column: str = "text"
     """Column that holds the text."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Which column holds what a task reads (`{text: review, label: stars}`), where its name is another one."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this source in the mixture, relative to the other sources' weights."""
 
@@ -78,6 +95,22 @@ class TextSource(_SourceBase):
     with `./` or `../` from the folder of the recipe."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """What one document is: a file, a paragraph (separated by an empty line) or a line."""
+    pattern: str | None = None
+    """A Python regular expression: each match in a file is one example, its named groups (`(?P<prompt>...)`) are the
+    columns. In place of sample_by."""
+    label_from_folder: bool = False
+    """Give each document the name of its file's folder as `label`."""
+
+    @model_validator(mode="after")
+    def _pattern_has_groups(self) -> "TextSource":
+        if self.pattern is not None:
+            try:
+                groups = re.compile(self.pattern).groupindex
+            except re.error as error:
+                raise ValueError(f"pattern is no regular expression: {error}") from error
+            if not groups:
+                raise ValueError("pattern names no group: write (?P<text>...) for what is to be read")
+        return self
 
 
 class TableSource(_SourceBase):
@@ -101,6 +134,25 @@ class SavedSource(_SourceBase):
     """Split, when the folder holds a DatasetDict."""
 
 
+class ImageFolderSource(_SourceBase):
+    """Image files in one folder a class: `images/CLASS/*.png`."""
+
+    type: Literal["image_folder"]
+    files: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Paths or globs (`**` crosses folders); relative ones are taken from the folder of the recipe."""
+    exclude: tuple[str, ...] = ()
+    """Globs of files to leave out, matched against the whole path; a relative one matches at any depth, one that begins
+    with `./` or `../` from the folder of the recipe."""
+
+
+class ScikitLearnSource(_SourceBase):
+    """A data set that comes inside scikit-learn's own package."""
+
+    type: Literal["sklearn"]
+    name: Literal["digits"]
+    """`digits`: 1,797 images of 8 x 8 pixels, in ten classes."""
+
+
 class HubSource(_SourceBase):
     """A data set by hub name."""
 
@@ -115,7 +167,10 @@ class HubSource(_SourceBase):
     """Commit or tag, to pin what is read."""
 
 
-Source = Annotated[TextSource | TableSource | SavedSource | HubSource, Field(discriminator="type")]
+Source = Annotated[
+    TextSource | TableSource | SavedSource | ImageFolderSource | ScikitLearnSource | HubSource,
+    Field(discriminator="type"),
+]
 
 
 class DataSection(Section):
@@ -127,13 +182,19 @@ class DataSection(Section):
     """Held-out data; default: split off the sources by `validation_fraction`."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the documents that is held out; a document's side depends on its text alone, never on file order."""
-    sequence_length: int = Field(ge=2)
-    """Tokens per sample."""
+    sequence_length: int = Field(default=1, ge=1)
+    """Tokens per sample, at most; 1 for tasks without text."""
+    format: Literal["text", "prompt_completion", "chat"] = "text"
+    """What `causal_lm` reads: plain text; a `prompt` and its `completion`; or a list of `messages`, as the tokenizer's
+    chat template writes them. Of the last two only completions and the assistant's words are learnt."""
     packing: Literal["concat", "first_fit_decreasing", "none"] = "concat"
     """`concat`: one stream cut every sequence_length tokens, nothing wasted, documents are cut; `first_fit_decreasing`:
     documents that fit are kept whole, a little padding; `none`: one document a sample, cut or padded."""
     cross_document_attention: bool = False
     """Let packed documents attend to each other and predict each other's first token."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the examples of labelled tasks that may be unusable (empty texts, unreadable images, answers that are
+    not in their context): they are left out and counted; more of them is an error."""
     preprocessing_num_workers: int | None = Field(default=None, ge=1)
     """Threads that tokenise; default: the number of cores."""
     on_change: Literal["error", "continue", "restart"] = "error"
@@ -148,6 +209,18 @@ class DataSection(Section):
         if self.validation_sources and self.validation_fraction:
             raise ValueError("set validation_sources or validation_fraction, not both")
         return self
+
+
+class AdversarialSection(Section):
+    """Train on disturbed embeddings, or pixels, besides the true ones."""
+
+    method: Literal["fgm", "pgd"] = "fgm"
+    """One step along the gradient (Miyato et al., arXiv 1605.07725), or several projected ones (Madry et al., arXiv
+    1706.06083); disturbances are measured by each sample's Euclidean norm."""
+    epsilon: float = Field(default=1.0, gt=0)
+    """Largest norm of a sample's disturbance."""
+    steps: int = Field(default=3, ge=1)
+    """Of `pgd`; each one as long as 1.5 epsilon / steps."""
 
 
 class TrainingSection(Section):
@@ -180,6 +253,8 @@ class TrainingSection(Section):
     """Steps of linear warm-up."""
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
     """Warm-up as a share of all steps, instead of warmup_steps."""
+    adversarial: AdversarialSection | None = None
+    """Add the loss on disturbed inputs to the loss; ZeRO stages 0 to 2, data parallel."""
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "TrainingSection":
@@ -199,6 +274,9 @@ class OptimizerSection(Section):
     """Weight decay, decoupled from the gradient but with `sgd`; biases and normalisation weights are not decayed."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Of `sgd`."""
+    layer_wise_lr_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Each layer learns at this share of the rate of the layer above it (Howard and Ruder, arXiv 1801.06146); the head
+    at training.learning_rate, the embeddings at the lowest rate."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -291,7 +369,12 @@ class EvaluationSection(Section):
     max_eval_samples: int | None = Field(default=None, ge=1)
     """At most so many validation samples at each evaluation: always the same ones, spread evenly over all of them."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
-    """Stop after so many evaluations without improvement of the loss."""
+    """Stop after so many evaluations without improvement of metric_for_best_model."""
+    metric_for_best_model: str = "loss"
+    """What early stopping, checkpoint.keep_best and export.checkpoint watch: `loss`, or a metric of the task, such as
+    `f1_macro`."""
+    greater_is_better: bool | None = None
+    """Whether a larger value of it is better; default: yes, but for losses and errors."""
     early_stopping_threshold: float = Field(default=0.0, ge=0)
     """An improvement smaller than this does not count."""
     generate: GenerationSection = GenerationSection()
@@ -312,6 +395,16 @@ class CheckpointSection(Section):
     keep_best: int = Field(default=0, ge=0)
     """Keep, besides them, so many of the lowest validation loss; only steps that are evaluated and saved can be among
     them."""
+    asynchronous: bool = True
+    """Copy the state into host memory and write it beside the training; false: training waits for the disk, and the
+    host needs no memory for the copy."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """What a save does that comes while the one before it is being written: its copy waits for its turn in a second
+    part of host memory, and training with it when that is taken too; or it is left out."""
+    directory: str | None = None
+    """A second place for the checkpoints, this run's alone: any URL that fsspec knows, such as `s3://bucket/run-7`, or
+    a path. They are committed in the run directory, copied there meanwhile, and fetched by a machine that has none or
+    only older ones."""
     verify: Literal["size", "full"] = "full"
     """What is compared before a checkpoint is trusted: the files' sizes, or their checksums too."""
     max_failed_saves: int = Field(default=3, ge=0)
@@ -329,6 +422,25 @@ class LoggingSection(Section):
     """Write which samples each rank trained on at each step to `logs/samples_RANK.jsonl`."""
 
 
+class ProfilingSection(Section):
+    """A window of steps under a profiler; a profiled step is slower than others."""
+
+    start_step: int | None = Field(default=None, ge=1)
+    """First step to record with torch's profiler; null records none. The first steps of a run are unlike the others."""
+    num_steps: int = Field(default=3, ge=1, le=100)
+    """So many steps."""
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Which ranks record; each writes a file to `profile/`."""
+    memory: bool = False
+    """Record allocations too."""
+    shapes: bool = False
+    """Record the shapes of what each operation gets."""
+    stacks: bool = False
+    """Record the lines of code; slow."""
+    flops_step: int | None = Field(default=None, ge=1)
+    """Have DeepSpeed's FLOPs profiler count this step, layer by layer, into rank 0's log."""
+
+
 class ExportSection(Section):
     """The Hugging Face folder written at the end."""
 
@@ -336,6 +448,8 @@ class ExportSection(Section):
     """Export when the run completes; `zerofleet export` does it at any time."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of the exported weights; default: training.precision."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which checkpoint is exported at the end: the last one, or the best one that is kept (checkpoint.keep_best)."""
 
 
 class FaultToleranceSection(Section):
@@ -356,7 +470,7 @@ class FaultToleranceSection(Section):
     wait_for_nodes_seconds: float = Field(default=600.0, ge=0)
     """How long a run that lost nodes waits for others before it gives up."""
     resize_interval_seconds: float = Field(default=600.0, ge=0)
-    """A run on fewer nodes than it could have grows after a save, but not more often. No profile can ask for that yet."""
+    """A run on fewer nodes than it could have grows after a save, but not more often. No profile asks for that yet."""
     hang_seconds: float | None = Field(default=None, gt=0)
     """Training that makes no progress for so long hangs, and is started again; default: 30, or 5 steps if that is
     more."""
@@ -392,13 +506,22 @@ class Recipe(Section):
     """Names the run; the run directory is `runs/NAME` unless given."""
     description: str = ""
     """For people."""
-    task: Literal["causal_lm"] = "causal_lm"
+    task: TaskName = "causal_lm"
     """What the model learns to do."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Of initial weights, sample order, split and dropout."""
     model: ModelSection
     tokenizer: TokenizerSection = TokenizerSection()
     data: DataSection
+    classification: ClassificationSection = ClassificationSection()
+    image: ImageSection = ImageSection()
+    adapter: AdapterSection | None = None
+    """Train added weights instead of the model's own; checkpoints then hold only what is trained."""
+    distillation: DistillationSection | None = None
+    """Learn from a teacher too, while training."""
+    masked_lm: MaskedLanguageModellingSection = MaskedLanguageModellingSection()
+    preference: PreferenceSection = PreferenceSection()
+    seq2seq: SequenceToSequenceSection = SequenceToSequenceSection()
     training: TrainingSection
     optimizer: OptimizerSection = OptimizerSection()
     parallel: ParallelSection = ParallelSection()
@@ -407,12 +530,75 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
+    profiling: ProfilingSection = ProfilingSection()
     export: ExportSection = ExportSection()
     fault_tolerance: FaultToleranceSection = FaultToleranceSection()
 
     @model_validator(mode="after")
+    def _fits_its_task(self) -> "Recipe":
+        entry = TASKS[self.task]
+        if self.data.format != "text" and self.task != "causal_lm":
+            raise ValueError(f"data.format is for causal_lm; what {self.task} reads is named by the sources' columns")
+        if self.data.format != "text" and self.data.packing not in ("concat", "none"):
+            raise ValueError(f"data.packing is for plain text: with format {self.data.format}, a sample is one example")
+        if self.evaluation.generate.prompts and not entry.generates:
+            raise ValueError(f"task {self.task} generates no text: leave evaluation.generate.prompts out")
+        sizes = self.parallel
+        if (
+            not entry.packed_text
+            and max(
+                sizes.tensor_parallel_size,
+                sizes.pipeline_parallel_size,
+                sizes.sequence_parallel_size,
+                sizes.expert_parallel_size,
+            )
+            > 1
+        ):
+            raise ValueError(f"task {self.task} is data parallel only, with any ZeRO stage: leave parallel out")
+        spread = max(sizes.tensor_parallel_size, sizes.pipeline_parallel_size, sizes.sequence_parallel_size) > 1
+        if self.optimizer.layer_wise_lr_decay is not None and spread:
+            raise ValueError("optimizer.layer_wise_lr_decay is for data parallel runs: leave parallel out")
+        if self.training.adversarial is not None and (spread or self.zero.stage == 3 or self.adapter is not None):
+            raise ValueError(
+                "training.adversarial is for data parallel runs of the whole model under ZeRO stages 0 to 2: leave "
+                "parallel and adapter out, and set zero.stage to 2"
+            )
+        if (self.model.freeze or self.model.unfreeze) and spread:
+            raise ValueError("model.freeze is for data parallel runs, with any ZeRO stage: leave parallel out")
+        if self.distillation is not None:
+            if self.task not in ("causal_lm", "sequence_classification"):
+                raise ValueError(f"distillation is for causal_lm and sequence_classification, not for {self.task}")
+            if self.task != "causal_lm" and self.classification.problem_type != "single_label":
+                raise ValueError("distillation needs classes that exclude one another: problem_type single_label")
+            if spread:
+                raise ValueError("distillation is data parallel, with any ZeRO stage: leave parallel out")
+        if self.adapter is not None:
+            if self.model.freeze or self.model.unfreeze:
+                raise ValueError(
+                    "an adapter leaves the whole model as it is: leave model.freeze and model.unfreeze out"
+                )
+            if spread:
+                raise ValueError("an adapter is trained data parallel, with any ZeRO stage: leave parallel out")
+            packs = reads_packed_text(self) and self.data.packing != "none" and not self.data.cross_document_attention
+            if self.adapter.is_prompt and packs:
+                raise ValueError(
+                    f"{self.adapter.method} puts one prompt before each row, not before each document packed into it: "
+                    "set data.packing to none"
+                )
+        if TASKS[self.task].tokens and self.data.sequence_length < 2:
+            raise ValueError(f"task {self.task} reads text: set data.sequence_length to 2 or more")
+        return self
+
+    @model_validator(mode="after")
     def _tokenizer_has_an_origin(self) -> "Recipe":
+        if not TASKS[self.task].tokens:
+            return self
         loaded = self.tokenizer.tokenizer_name_or_path or self.model.model_name_or_path
         if loaded is None and self.tokenizer.train is None:
             raise ValueError("a model from config needs tokenizer.tokenizer_name_or_path or tokenizer.train")
         return self
+
+
+def reads_packed_text(recipe: Recipe) -> bool:
+    """Whether a recipe's samples are rows of packed text; otherwise its task's encoder makes examples."""
+    return TASKS[recipe.task].packed_text and recipe.data.format == "text"

@@ -1,9 +1,22 @@
-"""The kinds of training: one file each, and one line in `TASKS`."""
+"""The kinds of training: one file each, and one line in `launcher.recipe.tasks.TASKS`."""
 
-from launcher.tasks.base import Batch, LossOutput, Sample, Task
-from launcher.tasks.causal_lm import CausalLanguageModelling
+from collections.abc import Mapping
+from typing import Any
 
-TASKS = {"causal_lm": CausalLanguageModelling}
-"""Name in a recipe -> class, made from the plan."""
+from launcher.planning.plan import Plan
+from launcher.recipe.tasks import TASKS
+from launcher.tasks.base import Batch, LossOutput, Metrics, Sample, Task
 
-__all__ = ["TASKS", "Batch", "LossOutput", "Sample", "Task"]
+
+def make_task(plan: Plan, facts: Mapping[str, Any] | None = None) -> Task:
+    """Make the plan's task.
+
+    Args:
+        plan: of the run.
+        facts: what its encoder learnt from the data (`PreparedData.facts`).
+    """
+    task: Task = TASKS[plan.recipe.task].load()(plan, facts or {})
+    return task
+
+
+__all__ = ["Batch", "LossOutput", "Metrics", "Sample", "Task", "make_task"]

@@ -1,30 +1,44 @@
 """Causal language modelling: predict each token from the ones before it in its document."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from launcher.models.build import build_model
+from launcher.data.examples import ExampleEncoder
 from launcher.models.parallel import cross_entropy_sum
 from launcher.planning.plan import Plan
-from launcher.tasks.base import Batch, LossOutput, Sample
+from launcher.recipe.schema import Recipe, reads_packed_text
+from launcher.tasks.base import Batch, LossOutput, Sample, Task
+from launcher.tasks.conversations import ConversationEncoder
+from launcher.tasks.distillation import Teacher, distilled, soft_loss
+from launcher.tasks.padding import pad
 
 IGNORED = -100
 """Label of a position that is no target, as in transformers."""
 
 
-class CausalLanguageModelling:
-    """Next-token prediction over packed rows.
+class CausalLanguageModelling(Task):
+    """Next-token prediction, over packed rows of text or over one conversation a sample.
 
     A row holds several documents. Position ids that restart at each document make transformers build a block-diagonal
-    causal mask (`masking_utils.find_packed_sequence_indices`), so no attention mask travels with the batch.
+    causal mask (`masking_utils.find_packed_sequence_indices`), so no attention mask travels with the batch. A
+    conversation is padded at its end, which nothing before it sees.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    auto_class = AutoModelForCausalLM
+    adapter_task = "CAUSAL_LM"
+
+    def __init__(self, plan: Plan, facts: Mapping[str, Any]) -> None:
+        super().__init__(plan, facts)
+        self._teacher: Teacher | None = None
+
+    @classmethod
+    def encoder(cls, recipe: Recipe) -> ExampleEncoder | None:
+        """Make the encoder of conversations; packed text needs none."""
+        return None if reads_packed_text(recipe) else ConversationEncoder(recipe)
 
     def build_model(self) -> torch.nn.Module:
         """Build the model in the recipe's precision; with a pipeline, this rank's stage of it."""
@@ -32,19 +46,23 @@ class CausalLanguageModelling:
             from launcher.models.pipeline import Pipeline
 
             return Pipeline(self.plan, AutoModelForCausalLM)
-        model: torch.nn.Module = build_model(self.plan, AutoModelForCausalLM)
-        return model
+        return super().build_model()
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Stack rows to `input_ids`, `labels`, `position_ids`, int64 of shape [samples, sequence_length] each.
+        """Stack samples to `input_ids`, `labels`, `position_ids`, int64 of shape [samples, length] each.
 
         Labels come shifted: `labels[:, t]` is the token after `input_ids[:, t]`, so that the loss needs no copy of
         the logits.
         """
-        batch = {
-            name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
-            for name in ("input_ids", "labels", "position_ids")
-        }
+        if reads_packed_text(self.plan.recipe):
+            names = ("input_ids", "labels", "position_ids")
+            batch = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in names}
+        else:
+            batch = {
+                "input_ids": pad(samples, "input_ids", self.facts["pad_token_id"])["input_ids"],
+                "labels": pad(samples, "labels", IGNORED)["labels"],
+            }
+            batch["position_ids"] = torch.arange(batch["labels"].shape[1]).expand_as(batch["labels"]).contiguous()
         batch["labels"] = torch.cat(
             [batch["labels"][:, 1:], batch["labels"].new_full((len(samples), 1), IGNORED)], dim=1
         )
@@ -58,5 +76,13 @@ class CausalLanguageModelling:
         """Cross-entropy in nats, summed over targets, in fp32 whatever the model's precision."""
         logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         labels = batch["labels"]
+        logits = logits[:, -labels.shape[1] :]  # a learnt prompt has positions of its own before the text's
         loss_sum = cross_entropy_sum(model, logits, labels, IGNORED)
+        section = self.plan.recipe.distillation
+        if section is not None and model.training:
+            if self._teacher is None:
+                self._teacher = Teacher(section, self.auto_class, logits.shape[-1])
+            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+            theirs = self._teacher.logits(labels.device, **inputs)
+            loss_sum = distilled(loss_sum, soft_loss(logits, theirs, labels != IGNORED, section.temperature), section)
         return LossOutput(loss_sum, (labels != IGNORED).sum())

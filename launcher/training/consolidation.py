@@ -19,6 +19,18 @@ _ROW = "parameter_with_row_parallelism_patterns"
 _REPLICATED = "tp_replicated_parameter_patterns"
 
 
+def trained_state_dict(folder: Path, zero_stage: int) -> dict[str, Any]:
+    """Read what an adapter's checkpoint holds: the trained weights only, in fp32 where it has fp32 ones."""
+    if zero_stage == 0:
+        return _model_state_dict(folder, zero_stage)
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    merged: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+        str(folder.parent), tag=folder.name, exclude_frozen_parameters=True
+    )
+    return merged
+
+
 def consolidated_state_dict(folder: Path, zero_stage: int, layout: Layout) -> dict[str, Any]:
     """Read a checkpoint's whole weights on the host, in fp32 where the checkpoint has fp32 ones.
 
@@ -29,6 +41,8 @@ def consolidated_state_dict(folder: Path, zero_stage: int, layout: Layout) -> di
     """
     if layout.pipeline_parallel_size > 1:
         return _pipeline_state_dict(folder, layout)
+    if layout.expert_parallel_size > 1:
+        return _expert_state_dict(folder)
     if layout.tensor_parallel_size == 1:
         return _model_state_dict(folder, zero_stage)
     parts = []
@@ -66,6 +80,30 @@ def _pipeline_state_dict(folder: Path, layout: Layout) -> dict[str, Any]:
             )
         layer = joined(parts, patterns) if len(parts) > 1 else parts[0]
         whole |= {transformers_name(f"{index}.{name}"): tensor for name, tensor in layer.items()}
+    return whole
+
+
+def _expert_state_dict(folder: Path) -> dict[str, Any]:
+    """Join the files of AutoEP's experts (`runtime/engine.py: _save_moe_checkpoint`), in the engine's precision.
+
+    AutoEP keeps transformers' fused `gate_up_proj` as two matrices, `w1` and `w3`, and calls the router otherwise
+    (`module_inject/auto_ep_layer.py: AutoEPMoELayer`).
+    """
+    whole: dict[str, Any] = {
+        name.replace(".mlp.router.gate.", ".mlp.gate."): tensor
+        for name, tensor in read_state(folder / "mp_rank_00_model_states.pt")["module"].items()
+        if not name.endswith(".mlp.gate.gate.weight")  # the router again, under the name by which outputs are captured
+    }
+    experts: dict[str, dict[int, Tensor]] = {}
+    for path in folder.glob("layer_*_expert_*_mp_rank_00_model_states.pt"):
+        for name, tensor in read_state(path).items():
+            matrix, _, index = name.rpartition(".")
+            experts.setdefault(matrix, {})[int(index)] = tensor
+    stacked = {name: torch.stack([parts[index] for index in sorted(parts)]) for name, parts in experts.items()}
+    for name in [name for name in stacked if name.endswith(".w1")]:
+        layer = name.removesuffix(".w1")
+        whole[f"{layer}.gate_up_proj"] = torch.cat([stacked[name], stacked[f"{layer}.w3"]], dim=1)
+        whole[f"{layer}.down_proj"] = stacked[f"{layer}.w2"]
     return whole
 
 

@@ -1,6 +1,7 @@
 """The DeepSpeed engine of a plan: parameter groups, schedule, `deepspeed.initialize`."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from launcher.models.sequence import spread_sequences
 from launcher.planning.plan import Plan
 from launcher.recipe.schema import TrainingSection
 from launcher.training import upstream
+
+_LAYER = re.compile(r"\.(\d+)\.")
 
 
 def total_steps(training: TrainingSection, samples_per_epoch: int, global_batch_size: int) -> int:
@@ -79,6 +82,27 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
+def layered_groups(model: nn.Module, weight_decay: float, learning_rate: float, decay: float) -> list[dict[str, Any]]:
+    """The same, further split by layer, each with a learning rate of its own: the head's first, at the full rate.
+
+    A layer is told by the first number in its parameters' names; what comes before any layer (embeddings) is below the
+    first one, everything else without a number (heads, last norms) above the last one.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    depths = {name: int(found.group(1)) + 1 for name in names.values() if (found := _LAYER.search(name))}
+    top = max(depths.values(), default=0) + 1
+    groups: dict[tuple[int, float], list[nn.Parameter]] = {}
+    for group in parameter_groups(model, weight_decay):
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            depth = depths.get(name, 0 if "embed" in name else top)
+            groups.setdefault((-depth, group["weight_decay"]), []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": key[1], "lr": learning_rate * decay ** (top + key[0])}
+        for key in sorted(groups)
+    ]
+
+
 def check_precision(precision: str) -> None:
     """Refuse a number format that this rank's device does not compute in.
 
@@ -107,12 +131,18 @@ def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
     import deepspeed
 
     check_precision(plan.recipe.training.precision)
+    groups = parameter_groups(model, plan.recipe.optimizer.weight_decay)
     if plan.layout.expert_parallel_size > 1:
         upstream.let_auto_ep_capture_outputs()
+        groups = upstream.named_groups(groups)
     mpu = spread_sequences(model, plan.layout, plan.batch) if plan.layout.sequence_parallel_size > 1 else None
+    optimizer, decay = plan.recipe.optimizer, plan.recipe.optimizer.layer_wise_lr_decay
+    groups = parameter_groups(model, optimizer.weight_decay)
+    if decay is not None:
+        groups = layered_groups(model, optimizer.weight_decay, plan.recipe.training.learning_rate, decay)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model, plan.recipe.optimizer.weight_decay),
+        model_parameters=groups,
         lr_scheduler=scheduler_factory(plan.recipe.training, max_steps),
         config=plan.deepspeed_config,
         mpu=mpu,

@@ -2,19 +2,34 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
+from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import faults_of, read_manifest
+from launcher.checkpoints.retention import candidate_of
+from launcher.data.store import PreparedData
 from launcher.errors import CheckpointError, StorageError
-from launcher.models.build import DTYPES, build_config
+from launcher.models.build import DTYPES
 from launcher.planning.plan import Plan
-from launcher.training.consolidation import consolidated_state_dict
+from launcher.recipe.tasks import TASKS
+from launcher.tasks import make_task
+from launcher.training.consolidation import consolidated_state_dict, trained_state_dict
 
-AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM}
+
+def checkpoint_to_export(checkpoints: Path, plan: Plan) -> Path:
+    """The newest complete checkpoint, or the best one, as `export.checkpoint` says."""
+    present = folders.complete(checkpoints)
+    if plan.recipe.export.checkpoint == "best":
+        scores = [(candidate.eval_loss, folder) for folder in present
+                  if (candidate := candidate_of(folder)).eval_loss is not None]  # fmt: skip
+        if scores:
+            return min(scores)[1]
+    return present[-1]
 
 
 def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, target: Path) -> Path:
@@ -35,12 +50,15 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
     manifest = read_manifest(folder)
     if wrong := faults_of(folder, contents=plan.recipe.checkpoint.verify == "full"):
         raise CheckpointError(f"checkpoint {folder} is damaged: {'; '.join(wrong)}. Export another one with --step.")
+    if plan.recipe.adapter is not None:
+        return _export_adapter(folder, plan, tokenizer_directory, target)
     state = consolidated_state_dict(folder, manifest.zero_stage, manifest.layout)
     dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
-    config = build_config(plan)
+    task = make_task(plan, PreparedData.load(tokenizer_directory.parent).facts)
+    config = task.config()
     config.use_cache = True
     with torch.device("meta"):
-        model = AUTO_CLASSES[plan.recipe.task].from_config(config, dtype=dtype)
+        model = task.auto_class.from_config(config, dtype=dtype)
     # Tied weights may be absent from the state (one copy is stored); everything else must match.
     tied = set(model.all_tied_weights_keys)
     mismatch = (set(model.state_dict()) ^ set(state)) - tied
@@ -48,23 +66,56 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
         raise CheckpointError(
             f"checkpoint {folder} does not hold the plan's model; differing names: {sorted(mismatch)[:5]}"
         )
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
+    if not TASKS[plan.recipe.task].tokens:
+        _write(model, target)
+        return target
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
-    generation = model.generation_config or GenerationConfig()
-    generation.bos_token_id = tokenizer.bos_token_id
-    generation.eos_token_id = tokenizer.eos_token_id
-    generation.pad_token_id = tokenizer.pad_token_id
-    model.generation_config = generation
-    _write(model, tokenizer, target)
+    if model.can_generate():
+        generation = model.generation_config or GenerationConfig()
+        generation.bos_token_id = tokenizer.bos_token_id
+        generation.eos_token_id = tokenizer.eos_token_id
+        generation.pad_token_id = tokenizer.pad_token_id
+        model.generation_config = generation
+    _write(model, target, tokenizer)
     return target
 
 
-def _write(model: Any, tokenizer: Any, target: Path) -> None:
+def _export_adapter(folder: Path, plan: Plan, tokenizer_directory: Path, target: Path) -> Path:
+    """Write an adapter's run: `adapter/` for peft, and beside it the whole model with the adapter merged into it.
+
+    A prompt cannot be merged: then the folder itself is the adapter's.
+    """
+    whole = plan.model_copy(update={"zero_stage": 0})
+    model = make_task(whole, PreparedData.load(tokenizer_directory.parent).facts).build_model()
+    state = trained_state_dict(folder, read_manifest(folder).zero_stage)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if missing := trained - set(state):
+        raise CheckpointError(f"checkpoint {folder} does not hold the plan's adapter; missing: {sorted(missing)[:5]}")
+    model.load_state_dict({name: state[name] for name in trained}, strict=False)
+    dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory) if TASKS[plan.recipe.task].tokens else None
+    adapter: Any = model.to(dtype)
+    if plan.recipe.adapter is not None and plan.recipe.adapter.is_prompt:
+        _write(adapter, target, tokenizer)
+        return target
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        _write(adapter, Path(scratch) / "adapter")
+        merged = adapter.merge_and_unload()
+        merged.config.use_cache = True
+        _write(merged, target, tokenizer)
+        shutil.copytree(Path(scratch) / "adapter", target / "adapter")
+    return target
+
+
+def _write(model: Any, target: Path, tokenizer: Any = None) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     except (OSError, RuntimeError) as error:

@@ -1,5 +1,6 @@
 """Training, as one rank does it: fetch, forward, backward, step, report, evaluate, save."""
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,23 +8,25 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from launcher.checkpoints import folders
 from launcher.data.loader import BatchLoader, Collate, StepBatch
 from launcher.data.sampler import GlobalOrder
 from launcher.data.store import PreparedData
 from launcher.planning.layout import Coordinates
 from launcher.planning.plan import Plan
 from launcher.run_directory import append_json_line, read_json_lines
-from launcher.tasks import TASKS, Task
+from launcher.tasks import Metrics, Task, make_task
+from launcher.training.batch_norm import share_running_statistics
 from launcher.training.checkpoint import CheckpointManager, Progress
 from launcher.training.context import Phase, WorkerContext
 from launcher.training.distributed import Agreement, max_over_ranks, sum_over_ranks
 from launcher.training.engine import build_engine, total_steps
 from launcher.training.evaluation import Evaluation, evaluate, generate
-from launcher.training.export import export_checkpoint
+from launcher.training.export import checkpoint_to_export, export_checkpoint
+from launcher.training.measuring import measure, watched_score, write_evaluation
 from launcher.training.monitor import Monitor, Throughput, memory_bytes
 from launcher.training.numeric import LossWatch, Observed
 from launcher.training.passes import Passes, StepOutcome, counts, make_passes, own_part
+from launcher.training.profiling import ProfilerWindow
 from launcher.training.save_triggers import SaveTriggers
 
 
@@ -84,14 +87,17 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
     throughput = Throughput()
     loader = _train_loader(session)
     stop = False
+    window = ProfilerWindow(plan.recipe.profiling, context.run_directory, context.rank)
     try:
         while not _finished(session) and not stop:
             heartbeat.enter(Phase.DATA)
             throughput.step_begins()
+            window.step_begins(progress.step + 1)
             step_batch = _next_batch(session, loader)
             learning_rate = float(session.engine.get_lr()[0])
             outcome = train_step(session, step_batch)
             throughput.step_ends(plan.batch.global_batch_size)
+            window.step_ends()
             progress.step += 1
             progress.consumed_samples = step_batch.consumed_samples
             heartbeat.stepped(progress.step)
@@ -99,7 +105,9 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
             stop = outcome.stop
             _after_step(session, step_batch, outcome, learning_rate, throughput)
     finally:
+        window.close()
         loader.close()
+        session.checkpoints.close()
     return _finish(session, stopped=not _finished(session))
 
 
@@ -125,7 +133,7 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
     """Build model and engine, and load the newest checkpoint."""
     heartbeat = context.heartbeat
     heartbeat.enter(Phase.ENGINE)
-    task: Task = TASKS[plan.recipe.task](plan)
+    task = make_task(plan, prepared.facts)
     samples = sum(len(dataset) for dataset in prepared.split("train"))
     max_steps = total_steps(plan.recipe.training, samples, plan.batch.global_batch_size)
     torch.manual_seed(plan.recipe.seed)
@@ -217,11 +225,19 @@ def _after_step(
     if reason is not None:
         session.losses.check()
         session.context.heartbeat.enter(Phase.SAVE)
-        saved = session.checkpoints.save(session.engine, progress, reason)
-        if saved:
-            session.context.heartbeat.saved(progress.step)
+        share_running_statistics(session.engine.module)
+        session.checkpoints.save(session.engine, progress, reason)
         if session.triggers is not None:
-            session.triggers.ended(progress.step, saved=saved)
+            session.triggers.begun()
+    for save in session.checkpoints.outcomes() if session.context.rank == 0 else []:
+        record = {"step": save.step, "reason": save.reason, "saved": not save.errors}
+        seconds = {"seconds": round(save.seconds, 4), "blocked_seconds": round(save.blocked_seconds, 4)}
+        with contextlib.suppress(OSError):  # a full disk fails saves, which is what is being told here
+            append_json_line(session.context.run_directory.saves, record | seconds)
+        if not save.errors:
+            session.context.heartbeat.saved(save.step)
+        if session.triggers is not None:
+            session.triggers.ended(save.step, save.reason, saved=not save.errors)
 
 
 def _reason_to_save(session: Session, outcome: StepOutcome) -> str | None:
@@ -254,7 +270,7 @@ def _log(session: Session, outcome: StepOutcome, learning_rate: float, throughpu
         "consumed_samples": session.progress.consumed_samples,
         "memory_bytes": int(memory),
     }
-    values |= session.monitor.rates(throughput)
+    values |= session.monitor.rates(throughput, session.context.heartbeat.read())
     session.context.heartbeat.metrics = session.monitor.record(session.progress.step, values)
 
 
@@ -264,11 +280,18 @@ def _evaluate(session: Session) -> Evaluation | None:
         return None
     session.context.heartbeat.enter(Phase.EVALUATE)
     settings, progress = session.plan.recipe.evaluation, session.progress
-    result = evaluate(session.passes, session.collate, datasets, session.plan, session.place, session.device)
-    best = progress.best_eval_loss
-    progress.eval_loss, progress.eval_step = result.loss, progress.step
-    if best is None or result.loss < best - settings.early_stopping_threshold:
-        progress.best_eval_loss, progress.evaluations_without_improvement = result.loss, 0
+    share_running_statistics(session.engine.module)
+    metrics = Metrics()
+    if session.task.has_metrics:
+        result, metrics = measure(
+            session.engine, session.task, datasets, session.plan, session.place.data, session.device
+        )
+    else:
+        result = evaluate(session.passes, session.collate, datasets, session.plan, session.place, session.device)
+    best, score = progress.best_eval_loss, watched_score(settings, result, metrics)
+    progress.eval_loss, progress.eval_score, progress.eval_step = result.loss, score, progress.step
+    if best is None or score < best - settings.early_stopping_threshold:
+        progress.best_eval_loss, progress.evaluations_without_improvement = score, 0
     else:
         progress.evaluations_without_improvement += 1
     texts = generate(
@@ -281,7 +304,10 @@ def _evaluate(session: Session) -> Evaluation | None:
     )
     if session.monitor is not None:
         values = {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_targets": result.num_targets}
+        values |= {f"eval_{name}": value for name, value in metrics.values.items()}
         record = session.monitor.record(progress.step, values)
+        session.monitor.record_report(progress.step, metrics)
+        write_evaluation(session.context.run_directory, progress.step, result, metrics)
         session.context.heartbeat.metrics = {**session.context.heartbeat.metrics, **record}
         session.monitor.record_texts(progress.step, texts)
     dist.barrier()
@@ -292,8 +318,8 @@ def _finish(session: Session, *, stopped: bool) -> TrainResult:
     plan, progress, run_directory = session.plan, session.progress, session.context.run_directory
     if session.context.rank == 0 and not stopped and plan.recipe.export.at_end:
         session.context.heartbeat.enter(Phase.EXPORT)
-        newest = folders.complete(run_directory.checkpoints)[-1]
-        export_checkpoint(newest, plan, session.prepared.tokenizer_directory, run_directory.export)
+        chosen = checkpoint_to_export(run_directory.checkpoints, plan)
+        export_checkpoint(chosen, plan, session.prepared.tokenizer_directory, run_directory.export)
     metrics: dict[str, Any] = {}
     if session.monitor is not None:
         session.monitor.close()

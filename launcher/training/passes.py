@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import torch
 
 from launcher.data.loader import Collate
+from launcher.errors import RecipeError
 from launcher.planning.layout import Coordinates, Layout
 from launcher.planning.plan import Plan
 from launcher.tasks import Batch, Sample, Task
+from launcher.training.adversarial import adversarial_loss
 from launcher.training.context import Heartbeat, Phase
 from launcher.training.distributed import Agreement
 from launcher.training.upstream import averaging_ranks, step_and_norm, to_device
@@ -59,6 +61,10 @@ class DirectPasses:
         self.plan = plan
         self.engine = engine
         self.task = task
+        adversarial = plan.recipe.training.adversarial
+        if adversarial is not None and plan.zero_stage == 3:
+            raise RecipeError.single("training.adversarial", "is for ZeRO stages 0 to 2; set zero.stage to 2")
+        self._train_loss = task.loss if adversarial is None else adversarial_loss(task.loss, adversarial)
         self.device = device
         self.heartbeat = heartbeat
         self._ranks = averaging_ranks(plan.layout, plan.zero_stage)
@@ -70,7 +76,7 @@ class DirectPasses:
         num_targets, stop, save, grad_norm = 0, False, False, None
         for index, host_batch in enumerate(micro_batches):
             heartbeat.enter(Phase.FORWARD)
-            output = self.task.loss(engine, to_device(host_batch, self.device))
+            output = self._train_loss(engine, to_device(host_batch, self.device))
             if index == 0:
                 heartbeat.enter(Phase.AGREE)
                 num_targets, stop, save = agreement.read()

@@ -62,6 +62,25 @@ def averaging_ranks(layout: Layout, zero_stage: int) -> int:
     return layout.data_parallel_size
 
 
+def leave_out_frozen_aliases(engine: Any) -> None:
+    """Let `save_checkpoint(exclude_frozen_parameters=True)` leave out frozen weights under all of their names.
+
+    DeepSpeed (`runtime/engine.py: module_state_dict`) walks `named_parameters()`, which tells a shared weight's first
+    name only: the embeddings that peft's prompt methods hold a second time stayed in every checkpoint.
+    """
+    original = engine.module_state_dict
+
+    def module_state_dict(*args: Any, exclude_frozen_parameters: bool = False, **kwargs: Any) -> Any:
+        state = original(*args, exclude_frozen_parameters=exclude_frozen_parameters, **kwargs)
+        if exclude_frozen_parameters:
+            for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+                if not parameter.requires_grad:
+                    state.pop(name, None)
+        return state
+
+    engine.module_state_dict = module_state_dict
+
+
 def step_and_norm(engine: Any, zero_stage: int, precision: str) -> float | None:
     """Make the engine's optimizer step and return the global gradient norm before clipping.
 
@@ -115,7 +134,12 @@ def let_auto_ep_capture_outputs() -> None:
     registry.__class__ = type("ByNameOrModel", (_ByNameOrModel, known), {})
 
 
-class _ByNameOrModel(dict):  # type: ignore[type-arg]
+def named_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give parameter groups the names by which experts are split off (`moe/utils.py`: a group without ends it)."""
+    return [{**group, "name": f"group {index}"} for index, group in enumerate(groups)]
+
+
+class _ByNameOrModel(dict[str, Any]):
     def __setitem__(self, key: Any, value: Any) -> None:
         dict.__setitem__(self, _name(key), value)
 

@@ -24,8 +24,8 @@ from tests.support.ray_cluster import HostRay, NetworkRay
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.sshd import SshServer
 
-LONG = 300
-"""Steps of the uninterrupted run that others are compared with."""
+LONG = 150
+"""Steps of the uninterrupted run that others are compared with, and of the one that is interrupted twice."""
 
 # The learning rate is constant, so that runs of different lengths make the same first steps.
 RECIPE = """
@@ -227,10 +227,19 @@ def ssh_server(zerofleet: Zerofleet) -> Iterator[SshServer]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(zerofleet: Zerofleet) -> Iterator[tuple[Zerofleet, dict[str, Any]]]:
+def machines(workplace: Path) -> Iterator[Network]:
+    """Two machines of namespaces."""
+    if lacking := network.missing():
+        pytest.skip(f"not there: {', '.join(lacking)}")
+    with tempfile.TemporaryDirectory(prefix="zfnet-") as name, Network(Path(name)) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(zerofleet: Zerofleet, request: pytest.FixtureRequest) -> Iterator[tuple[Zerofleet, dict[str, Any]]]:
     """A Ray cluster of two nodes that runs already: a command line that reaches it, and what its profile says.
 
-    On two machines of namespaces where root may make them, else as two Ray nodes on this one.
+    On two machines of namespaces where they can be made, else as two Ray nodes on this one.
     """
     if network.missing():
         with HostRay() as host:
@@ -238,7 +247,8 @@ def ray_cluster(zerofleet: Zerofleet) -> Iterator[tuple[Zerofleet, dict[str, Any
             yield command, {"backend": "ray", "ray": {"dashboard_address": host.url, "python": sys.executable}}
             command.end_jobs("ray")
         return
-    with tempfile.TemporaryDirectory(prefix="zfnet-") as name, Network(Path(name)) as lab, NetworkRay(lab) as cluster:
+    lab: Network = request.getfixturevalue("machines")
+    with NetworkRay(lab) as cluster:
         environment = {**zerofleet.environment, **cluster.environment}
         command = replace(zerofleet, environment=environment, prefix=lab.machines[1].command)
         yield command, {"backend": "ray", "address": cluster.address, "ray": {"python": sys.executable}}

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
+import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.jobs.conftest import (
     workers,
     write_profile,
 )
+from tests.support.network import Network
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.sshd import HOSTS, SshServer
 
@@ -58,7 +60,7 @@ def live(
         status = zerofleet.status(job)
         if not seen or (status["state"], status["reason"]) != seen[-1]:
             seen.append((status["state"], status["reason"]))
-        return None if status["state"] in ("PENDING", "RUNNING") else status
+        return _if_over(status)
 
     if meanwhile is not None:
         is_over()
@@ -131,6 +133,7 @@ def recipe_digest(zerofleet: Zerofleet) -> str:
 @pytest.mark.slurm
 @pytest.mark.ssh
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_one_recipe_unedited_has_the_same_losses_on_every_backend(
     recipe_digest: str, uninterrupted: Path, on_slurm: Life, on_ssh: Life, on_ray: Life, zerofleet: Zerofleet
 ):
@@ -227,6 +230,31 @@ def test_a_ray_job_saves_when_it_is_cancelled_and_goes_on_when_it_is_submitted_a
     expected = losses(uninterrupted)
     assert made == {step: expected[step] for step in made}
     assert zerofleet.status(str(run_directory))["id"] == again, "the newest job of the run"
+
+
+@pytest.mark.ray
+def test_a_machine_that_does_not_see_the_run_directory_is_named(
+    machines: Network, ray_cluster: tuple[Zerofleet, dict[str, Any]], workplace: Path
+):
+    zerofleet, settings = ray_cluster
+    profile = write_profile(workplace / "ray.yaml", **settings)
+    own = workplace / "not shared"
+    own.mkdir()
+    second = machines.machines[1]
+    subprocess.run(second.command("mount", "-t", "tmpfs", "none", str(own)), check=True)
+    try:
+        first = replace(zerofleet, prefix=machines.machines[0].command)
+        job = first.submit(profile, own / "run")
+        status = wait_for(lambda: _if_over(first.status(job)), f"end of {job}", timeout=90)
+    finally:
+        subprocess.run(second.command("umount", str(own)), check=True)
+    assert status["state"] == "FAILED"
+    told = f"error: {second.name}: does not see what {machines.machines[0].name} writes to {own / 'run'}"
+    assert f"{told}; use a file system that all nodes share" in first.ok("logs", job)
+
+
+def _if_over(status: dict[str, Any]) -> dict[str, Any] | None:
+    return None if status["state"] in ("PENDING", "RUNNING") else status
 
 
 @pytest.mark.ray

@@ -23,6 +23,7 @@ from cluster.slurm import SlurmBackend
 from cluster.types import JobRecord, JobRequest, JobState, JobStatus
 from launcher.run_directory import RunDirectory, read_json_lines
 from tests.jobs.conftest import (
+    LONG,
     Zerofleet,
     assert_nothing_left,
     losses,
@@ -38,9 +39,6 @@ from tests.support.slurm_cluster import SlurmCluster
 pytestmark = pytest.mark.slurm
 
 BACKEND = SlurmBackend()
-
-STEPS = 150
-"""Of the run that is interrupted twice."""
 
 DRIVER = """
 import os, pathlib, signal, sys, time
@@ -198,7 +196,7 @@ def test_a_requeue_by_an_administrator_and_a_time_limit_change_no_loss(
 ):
     run_directory = workplace / "requeued"
     profile = write_profile(workplace / "requeued.yaml", backend="slurm", slurm={"time_limit": "30"})
-    job = zerofleet.submit(profile, run_directory, f"max_steps={STEPS}", "save_steps=20")
+    job = zerofleet.submit(profile, run_directory, f"max_steps={LONG}", "save_steps=20")
     slurm_id = zerofleet.status(job)["backend_id"]
 
     wait_for_step(run_directory, 25)
@@ -221,12 +219,12 @@ def test_a_requeue_by_an_administrator_and_a_time_limit_change_no_loss(
     assert "SIGUSR2: saved and ended, to be requeued" in zerofleet.ok("logs", job, "--start", "2")
     events = read_json_lines(RunDirectory.at(run_directory).events)
     stop = [event["step"] for event in events if event["state"] == "stopped"][-1]
-    assert reached + 5 <= stop < STEPS, "it saved where it was"
+    assert reached + 5 <= stop < LONG, "it saved where it was"
     assert f"resuming from step_{stop:08d}" in zerofleet.ok("logs", job)
 
-    wait_for_step(uninterrupted, STEPS)
+    wait_for_step(uninterrupted, LONG)
     expected = losses(uninterrupted)
-    assert losses(run_directory) == {step: expected[step] for step in range(1, STEPS + 1)}
+    assert losses(run_directory) == {step: expected[step] for step in range(1, LONG + 1)}
     assert_nothing_left(run_directory)
 
 

@@ -1,6 +1,7 @@
 """A real sshd on loopback with a throw-away key, and the ssh options that reach it. Needs openssh-server."""
 
 import getpass
+import os
 import shutil
 import signal
 import socket
@@ -79,7 +80,8 @@ class SshServer:
             "PermitRootLogin prohibit-password",
         ]
         (self.folder / "sshd_config").write_text("\n".join(configuration) + "\n")
-        Path("/run/sshd").mkdir(exist_ok=True)  # Debian's sshd wants it; its package makes it at boot
+        if os.getuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)  # root's sshd wants it; Debian makes it at boot
         command = find("sshd")
         assert command is not None
         with (self.folder / "sshd.log").open("wb") as log:

@@ -28,6 +28,8 @@ LAYOUTS = {
     "pipeline tied": ("pipeline_parallel_size=2", "zero.stage=1"),
     "pipeline tensor": ("pipeline_parallel_size=2", "tensor_parallel_size=2", "zero.stage=1"),
     "pipeline tensor tied": ("pipeline_parallel_size=2", "tensor_parallel_size=2", "zero.stage=1"),
+    "expert ZeRO 1": ("expert_parallel_size=2", "zero.stage=1"),
+    "expert ZeRO 2": ("expert_parallel_size=2", "zero.stage=2"),
 }
 
 
@@ -38,11 +40,17 @@ def test_a_spread_model_is_evaluated_resumed_and_exported(
 ) -> None:
     """The run stops in the middle and continues as the plain process does without a stop."""
     model, settings = equality.model(tie_word_embeddings="tied" in layout), LAYOUTS[layout]
-    if "pipeline" not in layout:
+    data_parallel = 2
+    if "expert" in layout:
+        model, data_parallel = equality.model("mixtral", num_local_experts=4), 4
+    elif layout.startswith("pipeline tensor"):
+        data_parallel = 1
+    generates = "pipeline" not in layout and "expert" not in layout
+    if generates:
         settings = (*settings, 'evaluation.generate={prompts: ["import "], max_new_tokens: 4}')
     directory, plan, _ = equality.run(
         ranks_of(4), model, *settings, "save_steps=10", "eval_steps=10", "max_eval_samples=5",
-        data_parallel=1 if layout.startswith("pipeline tensor") else 2, stop_after=9,
+        data_parallel=data_parallel, stop_after=9,
     )  # fmt: skip
     data, plain = equality.reference(model, plan)
     ranks_of(4).call("cases:run", run_directory=str(directory.path), data=str(data.directory))
@@ -66,8 +74,8 @@ def test_a_spread_model_is_evaluated_resumed_and_exported(
     total, count = equality.evaluate(exported, data, 5)
     assert evaluation["eval_loss"] == pytest.approx(total / count, abs=2e-6)
     assert evaluation["eval_targets"] == count
-    if "pipeline" in layout:
-        return  # it generates nothing
+    if not generates:
+        return
     texts = [json.loads(line) for line in (directory.path / "samples.jsonl").read_text().splitlines()]
     assert [text["step"] for text in texts] == [10, 20]
 

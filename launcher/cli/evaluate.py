@@ -1,0 +1,104 @@
+"""`zerofleet evaluate` and `zerofleet generate`: what a checkpoint of a run can do."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launcher.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from launcher.planning.plan import Plan
+
+Run = Annotated[Path, typer.Argument(help="Run directory.")]
+Step = Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")]
+
+
+def evaluate(
+    run_dir: Run,
+    step: Step = None,
+    max_samples: Annotated[int | None, typer.Option(help="At most so many held-out samples. Default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Measure a run's checkpoint on all of its held-out data, in this process."""
+    with _quietly():
+        from launcher.data.store import PreparedData
+        from launcher.training.offline import evaluate_checkpoint
+
+        directory, plan, folder = _checkpoint(run_dir, step)
+        location = json.loads(directory.data.read_text())
+        evaluation, metrics = evaluate_checkpoint(
+            folder, plan, PreparedData.load(Path(location["directory"])), max_samples
+        )
+    values = {"loss": evaluation.loss, **metrics.values}
+    if as_json:
+        facts = {"checkpoint": str(folder), "targets": evaluation.num_targets, "metrics": values}
+        print(json.dumps({**facts, "report": metrics.report}, indent=2))
+        return
+    print(f"{folder}: {evaluation.num_targets:,} targets")
+    for name, value in values.items():
+        print(f"  {name.replace('_', ' '):<28}{value:.4f}")
+    if metrics.text:
+        print(metrics.text)
+
+
+def generate(
+    run_dir: Run,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue. Default: lines of the input.")] = None,
+    step: Step = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: always the most probable token; else sample.")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
+) -> None:
+    """Let a run's checkpoint continue texts: those named, or each line of standard input."""
+    with _quietly():
+        from launcher.data.store import PreparedData
+        from launcher.training.offline import continuations
+
+        directory, plan, folder = _checkpoint(run_dir, step)
+        location = json.loads(directory.data.read_text())
+        prepared = PreparedData.load(Path(location["directory"]))
+        results = continuations(folder, plan, prepared, prompts or _lines(), max_new_tokens, temperature)
+    while True:
+        with _quietly():
+            result = next(results, None)
+        if result is None:
+            return
+        prompt, text = result
+        print(json.dumps({"prompt": prompt, "text": text}) if as_json else f"{prompt}{text}", flush=True)
+
+
+def _lines() -> Iterator[str]:
+    for line in sys.stdin:
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _checkpoint(run_dir: Path, step: int | None) -> tuple[RunDirectory, "Plan", Path]:
+    from launcher.checkpoints import folders
+    from launcher.errors import CheckpointError
+    from launcher.orchestration.driver import read_plan
+
+    directory = RunDirectory.at(run_dir)
+    plan = read_plan(directory)
+    present = {folders.step_of(path): path for path in folders.complete(directory.checkpoints)}
+    if not present:
+        raise CheckpointError(f"{directory.checkpoints} holds no complete checkpoint")
+    chosen = max(present) if step is None else step
+    if chosen not in present:
+        known = ", ".join(map(str, sorted(present)))
+        raise CheckpointError(f"no complete checkpoint of step {step}; there are steps {known}")
+    return directory, plan, present[chosen]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what libraries print off the output: it belongs to the result."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

@@ -1,0 +1,165 @@
+"""Sequence classification: a class, several classes or a number for a text or a pair of texts."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForSequenceClassification
+
+from launcher.data.examples import BadExample, EncodingError, Example, Field, Row
+from launcher.planning.plan import Plan
+from launcher.recipe.schema import Recipe
+from launcher.tasks.base import Batch, LossOutput, Metrics, Sample, Task
+from launcher.tasks.classification import (
+    Labels,
+    class_weights,
+    classification_loss,
+    classification_metrics,
+    is_counted,
+)
+from launcher.tasks.distillation import Teacher, distilled, soft_loss
+from launcher.tasks.padding import pad, padding_token
+
+HF_PROBLEM_TYPES = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+
+
+class SequenceClassificationEncoder:
+    """Rows with `text`, perhaps `text_pair`, and `label`."""
+
+    roles: tuple[str, ...] = ("text", "label")
+    optional_roles: tuple[str, ...] = ("text_pair",)
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.section = recipe.classification
+        self.max_length = recipe.data.sequence_length
+        self.labels = Labels(recipe.classification)
+        self.tokenizer: Any = None
+
+    def identity(self) -> Any:
+        """Settings of the labels."""
+        return [self.section.problem_type, list(self.section.labels)]
+
+    def texts(self, row: Row) -> list[str]:
+        """Both texts."""
+        return [str(row["text"] or ""), str(row["text_pair"] or "")] if "text_pair" in row else [str(row["text"] or "")]
+
+    def begin(self, tokenizer: Any, training_rows: Iterable[Sequence[Row]]) -> None:
+        """Learn the labels."""
+        self.tokenizer = tokenizer
+        padding_token(tokenizer)
+        self.labels.learn(row["label"] for rows in training_rows for row in rows)
+
+    def fields(self) -> dict[str, Field]:
+        """Tokens, which text each is of, and the target."""
+        return {"input_ids": Field("uint32"), "token_type_ids": Field("uint8"), "labels": self.labels.field()}
+
+    def encode(self, rows: Sequence[Row]) -> list[Example | BadExample]:
+        """Tokenise; the longer text of a pair is cut first."""
+        pairs = [str(row["text_pair"] or "") for row in rows] if rows and "text_pair" in rows[0] else None
+        encoded = self.tokenizer(
+            [str(row["text"] or "") for row in rows],
+            pairs,
+            truncation=True,
+            max_length=self.max_length,
+            return_token_type_ids=True,
+            return_attention_mask=False,
+        )
+        return [
+            self._example(row, encoded["input_ids"][index], encoded["token_type_ids"][index])
+            for index, row in enumerate(rows)
+        ]
+
+    def _example(self, row: Row, input_ids: list[int], token_type_ids: list[int]) -> Example | BadExample:
+        if not any(text.strip() for text in self.texts(row)):
+            return BadExample("its text is empty")
+        if not input_ids:
+            raise EncodingError("the tokenizer makes no token of a text that is not empty")
+        target = self.labels.encode(row["label"])
+        if isinstance(target, str):
+            return BadExample(target)
+        return {
+            "input_ids": np.array(input_ids, np.uint32),
+            "token_type_ids": np.array(token_type_ids, np.uint8),
+            "labels": target,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Classes, padding, and whether the model's tokenizer tells the texts of a pair apart."""
+        return {**self.labels.facts(), "pad_token_id": padding_token(self.tokenizer)}
+
+
+class SequenceClassification(Task):
+    """A head on the pooled text: `AutoModelForSequenceClassification`."""
+
+    auto_class = AutoModelForSequenceClassification
+    adapter_task = "SEQ_CLS"
+    has_metrics = True
+
+    def __init__(self, plan: Plan, facts: Any) -> None:
+        super().__init__(plan, facts)
+        self.section = plan.recipe.classification
+        self.weights = class_weights(self.section, facts)
+        self._teacher: Teacher | None = None
+
+    @classmethod
+    def encoder(cls, recipe: Recipe) -> SequenceClassificationEncoder:
+        """Make the encoder of the recipe."""
+        return SequenceClassificationEncoder(recipe)
+
+    def config(self) -> Any:
+        """Return the model's config with the classes' names, and the padding that a decoder's head must skip."""
+        return with_labels(super().config(), self.section.problem_type, self.facts)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Pad to the longest sample: `input_ids`, `attention_mask`, `token_type_ids` [samples, length], `labels`."""
+        batch = pad(samples, "input_ids", self.facts["pad_token_id"])
+        batch["token_type_ids"] = pad(samples, "token_type_ids", 0)["token_type_ids"]
+        batch["labels"] = torch.from_numpy(np.stack([sample["labels"] for sample in samples]))
+        return batch
+
+    def num_targets(self, batch: Batch) -> int:
+        """Count the samples that have a label."""
+        return int(is_counted(batch["labels"]).sum())
+
+    def loss(self, model: Any, batch: Batch) -> LossOutput:
+        """Loss of the samples' classes; see `classification_loss`."""
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if reads_token_types(model):
+            inputs["token_type_ids"] = batch["token_type_ids"]
+        logits = model(**inputs).logits
+        output = classification_loss(logits, batch["labels"], self.section, self.weights)
+        section = self.plan.recipe.distillation
+        if section is None or not model.training:
+            return output
+        if self._teacher is None:
+            self._teacher = Teacher(section, self.auto_class, logits.shape[-1], tuple(self.facts["labels"]))
+        theirs = self._teacher.logits(logits.device, **inputs)
+        soft = soft_loss(logits, theirs, is_counted(batch["labels"]), section.temperature)
+        return replace(output, loss_sum=distilled(output.loss_sum, soft, section))
+
+    def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
+        """Measure with scikit-learn."""
+        return classification_metrics(predictions, self.section, self.facts)
+
+
+def with_labels(config: Any, problem_type: str, facts: Any) -> Any:
+    """Write names of the classes into a transformers config."""
+    config.problem_type = HF_PROBLEM_TYPES[problem_type]
+    config.id2label = dict(enumerate(facts["labels"])) if facts["labels"] else {0: "value"}
+    config.label2id = {name: number for number, name in config.id2label.items()}
+    if "pad_token_id" in facts:
+        config.pad_token_id = facts["pad_token_id"]
+    return config
+
+
+def reads_token_types(model: Any) -> bool:
+    """Whether a model tells the texts of a pair apart (BERT does, GPT-2 takes them for words, Llama not at all)."""
+    config = getattr(model, "module", model).config
+    return int(getattr(config, "type_vocab_size", 0) or 0) > 1

@@ -1,0 +1,111 @@
+"""A checkpoint without its run: measure it, or let it write, in one process."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.checkpoints.manifest import read_manifest
+from launcher.data.store import PreparedData
+from launcher.errors import CheckpointError, DataError, ExpectedError
+from launcher.planning.layout import Resources
+from launcher.planning.plan import Plan, make_plan
+from launcher.recipe.schema import ParallelSection, ZeroSection
+from launcher.recipe.tasks import TASKS
+from launcher.tasks import Metrics, Task, make_task
+from launcher.training.consolidation import consolidated_state_dict, trained_state_dict
+from launcher.training.evaluation import Evaluation
+from launcher.training.measuring import measure
+
+
+def load_checkpoint(folder: Path, plan: Plan, prepared: PreparedData) -> tuple[Plan, Task, Any]:
+    """Build a checkpoint's model in this process, whole, in fp32.
+
+    Returns:
+        The plan for one process, the task and the model, in evaluation mode.
+
+    Raises:
+        CheckpointError: the weights do not fit the plan's model.
+    """
+    manifest = read_manifest(folder)
+    training = plan.recipe.training.model_copy(
+        update={"precision": "fp32", "global_batch_size": None, "gradient_accumulation_steps": None,
+                "micro_batch_size": plan.batch.micro_batch_size, "gradient_checkpointing": False}
+    )  # fmt: skip
+    update = {"training": training, "parallel": ParallelSection(), "zero": ZeroSection(stage=0)}
+    deepspeed = plan.recipe.deepspeed.model_copy(update={"config": None, "overrides": {}})
+    alone = make_plan(
+        plan.recipe.model_copy(update={**update, "deepspeed": deepspeed}),
+        Resources(nodes=1, workers_per_node=1, device=plan.resources.device),
+    )
+    task = make_task(alone, prepared.facts)
+    model: Any = task.build_model()
+    if plan.recipe.adapter is not None:
+        state = trained_state_dict(folder, manifest.zero_stage)
+        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    else:
+        state = consolidated_state_dict(folder, manifest.zero_stage, manifest.layout)
+        wanted = set(model.state_dict()) - set(model.all_tied_weights_keys)
+    if missing := wanted - set(state):
+        raise CheckpointError(f"checkpoint {folder} does not hold the plan's model; missing: {sorted(missing)[:5]}")
+    model.load_state_dict({name: values for name, values in state.items() if name in model.state_dict()}, strict=False)
+    return alone, task, model.eval()
+
+
+def evaluate_checkpoint(
+    folder: Path, plan: Plan, prepared: PreparedData, max_samples: int | None
+) -> tuple[Evaluation, Metrics]:
+    """Measure a checkpoint on the validation data.
+
+    Raises:
+        DataError: there is none.
+    """
+    datasets = prepared.split("validation")
+    if not any(len(dataset) for dataset in datasets):
+        raise DataError("nothing is held out: the recipe has neither validation_fraction nor validation_sources")
+    alone, task, model = load_checkpoint(folder, plan, prepared)
+    section = alone.recipe.evaluation.model_copy(update={"max_eval_samples": max_samples})
+    alone = alone.model_copy(update={"recipe": alone.recipe.model_copy(update={"evaluation": section})})
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        return measure(model, task, datasets, alone, 0, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def continuations(
+    folder: Path, plan: Plan, prepared: PreparedData, prompts: Iterable[str], max_new_tokens: int, temperature: float
+) -> Iterator[tuple[str, str]]:
+    """Let a checkpoint continue prompts, one at a time.
+
+    Yields:
+        Prompt and continuation.
+
+    Raises:
+        ExpectedError: the task's model writes no text.
+    """
+    if not TASKS[plan.recipe.task].generates:
+        raise ExpectedError(f"the model of task {plan.recipe.task} writes no text")
+    from transformers import AutoTokenizer
+
+    _, _, model = load_checkpoint(folder, plan, prepared)
+    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_directory)
+    torch.manual_seed(plan.recipe.seed)
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            output = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
+                top_k=None,
+                top_p=None,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                use_cache=True,
+            )
+        yield prompt, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

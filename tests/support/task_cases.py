@@ -1,0 +1,33 @@
+"""What ranks can be asked about tasks; runs in their processes."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import _context
+
+from launcher.data.store import PreparedData
+from launcher.planning.plan import Plan
+from launcher.training.loop import open_session
+from launcher.training.measuring import measure as measure_all
+
+
+def measure(run_directory: str, data: str) -> dict[str, Any]:
+    """Evaluate a fresh model, on as many ranks as there are."""
+    plan = Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
+    prepared = PreparedData.load(Path(data))
+    session = open_session(plan, _context(run_directory), prepared, torch.device("cpu"))
+    datasets = prepared.split("validation")
+    evaluation, metrics = measure_all(
+        session.engine, session.task, datasets, plan, int(os.environ["RANK"]), session.device
+    )
+    if session.monitor is not None:
+        session.monitor.close()
+    session.engine.destroy()
+    return {
+        "loss": evaluation.loss,
+        "targets": evaluation.num_targets,
+        "values": metrics.values,
+        "report": metrics.report,
+    }

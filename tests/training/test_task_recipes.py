@@ -1,0 +1,74 @@
+"""The shipped recipes of single tasks reach what their comments say, trained by two real ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launcher.data.prepare import prepare
+from launcher.data.store import PreparedData
+from launcher.planning.layout import Resources
+from launcher.planning.plan import make_plan
+from launcher.recipe.loading import load_recipe
+from launcher.run_directory import RunDirectory
+from launcher.submit import write_run
+from launcher.tasks.masked_lm import NO_WORD
+from tests.support.ranks import Ranks
+
+
+def unigram(prepared: PreparedData, field: str, counted: Callable[[Any], Any]) -> float:
+    """Nats a target of a model that knows only how often each token is one (Laplace smoothing), on held-out data."""
+
+    def tokens(split: str) -> Any:
+        samples = [part[index] for part in prepared.split(split) for index in range(len(part))]
+        return np.concatenate([sample[field][counted(sample)].astype(np.int64) for sample in samples])
+
+    counts = np.bincount(tokens("train"), minlength=1100) + 1.0
+    return float(-np.log(counts[tokens("validation")] / counts.sum()).mean())
+
+
+def of_hidden_tokens(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
+    return metrics["eval_masked_lm_loss"], unigram(prepared, "input_ids", lambda s: s["words"] != NO_WORD) - 0.1
+
+
+def of_completions(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
+    return metrics["eval_loss"], unigram(prepared, "labels", lambda s: s["labels"] >= 0) - 0.1
+
+
+def of_targets(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
+    return metrics["eval_loss"], unigram(prepared, "labels", lambda s: s["labels"] >= 0) - 0.1
+
+
+def of_pairs(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
+    return 1 - metrics["eval_reward_accuracy"], 0.5
+
+
+def of_errors(margin: float) -> Callable[[dict[str, float], PreparedData], tuple[float, float]]:
+    return lambda metrics, prepared: (1 - metrics["eval_accuracy"], 1 - metrics["eval_majority_accuracy"] - margin)
+
+
+# Name; what must be below what; and overrides that keep the test short.
+REACHED = [
+    ("finetune/text-classification", of_errors(0.1), ("training.max_steps=80",)),
+    ("finetune/image-classification", of_errors(0.7), ()),
+    ("pretrain/masked-language-model", of_hidden_tokens, ()),
+    ("finetune/supervised", of_completions, ("training.max_steps=60",)),
+    ("finetune/preference", of_pairs, ("training.max_steps=50",)),
+    ("finetune/sequence-to-sequence", of_targets, ("training.max_steps=60",)),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("name", "measured", "overrides"), REACHED, ids=[case[0] for case in REACHED])
+def test_a_shipped_recipe_beats_its_baseline(tmp_path: Path, two_ranks: Ranks, name, measured, overrides) -> None:
+    recipe = load_recipe(name, (*overrides, f"data.cache_directory={tmp_path}/cache", "export.at_end=false"))
+    prepared = prepare(recipe, progress=False)
+    plan = make_plan(recipe, Resources(nodes=1, workers_per_node=2))
+    directory = RunDirectory.at(tmp_path / "run")
+    write_run(directory, plan)
+    results = two_ranks.call("cases:run", run_directory=str(directory.path), data=str(prepared.directory))
+    value, baseline = measured(results[0]["metrics"], prepared)
+    print(f"{name}: {value:.3f}, baseline {baseline:.3f}, {results[0]['metrics']}")
+    assert value < baseline
