@@ -45,10 +45,9 @@ class Profile(BaseModel):
     """`local`: a Ray of our own on this machine, or the one in `RAY_ADDRESS`; `ray`: a cluster that runs already;
     `slurm` and `ssh`: machines on which Ray is started for the job."""
     nodes: int = Field(default=1, ge=1)
-    """Machines; on the local backend, Ray nodes on this one. `{min: 2, max: 8}`: elastic, as many of them as there
-    are."""
+    """Machines; on the local backend, Ray nodes on this one."""
     min_nodes: int | None = Field(default=None, ge=1)
-    """Fewest machines to train on when others are lost; what `nodes: {min: ...}` sets. Default: all are needed."""
+    """Fewest machines to go on with when others are lost. Not supported yet: all are needed."""
     workers_per_node: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Training processes on each machine; `auto`: one a GPU that this machine shows, or 2 where there is none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -81,11 +80,10 @@ class Profile(BaseModel):
 
     @model_validator(mode="after")
     def _elastic_between(self) -> Self:
-        if self.min_nodes is not None and self.min_nodes > self.nodes:
-            raise ValueError(f"min_nodes is {self.min_nodes}, more than nodes {self.nodes}")
-        if self.min_nodes is not None and self.backend not in ("local", "ray"):
+        if self.min_nodes is not None:
             raise ValueError(
-                f"an elastic number of nodes is not supported on the {self.backend} backend yet; set nodes: N"
+                f"an elastic number of nodes (min {self.min_nodes}, max {self.nodes}) is not supported yet; "
+                f"set nodes: {self.nodes}, and after a loss run again with fewer"
             )
         return self
 

@@ -41,9 +41,7 @@ def answering(nodes: Sequence[str]) -> set[str]:
     for node in nodes:
         where = NodeAffinitySchedulingStrategy(node, soft=False)
         asked[task.options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote()] = node
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_TIMEOUT_S)
-    for reference in late:
-        ray.cancel(reference, force=True)
+    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_TIMEOUT_S)
     found = set()
     for reference in ready:
         with contextlib.suppress(RayError):
@@ -65,9 +63,8 @@ def end_silent(placements: Sequence[Mapping[str, Any]], ranks: Sequence[int]) ->
     for rank in ranks:
         where = NodeAffinitySchedulingStrategy(placements[rank]["node_id"], soft=False)
         asked.append(task.options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(placements[rank]["pid"]))
-    _, late = ray.wait(asked, num_returns=len(asked), timeout=COLLECT_TIMEOUT_S) if asked else ([], [])
-    for reference in late:
-        ray.cancel(reference, force=True)
+    if asked:
+        ray.wait(asked, num_returns=len(asked), timeout=COLLECT_TIMEOUT_S)
 
 
 def collect(placements: Sequence[Mapping[str, Any]], ranks: Sequence[int], folder: Path) -> list[Path]:
@@ -87,9 +84,7 @@ def collect(placements: Sequence[Mapping[str, Any]], ranks: Sequence[int], folde
         where = NodeAffinitySchedulingStrategy(placements[rank]["node_id"], soft=False)
         asked[task.options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(placements[rank]["pid"])] = rank
     folder.mkdir(parents=True, exist_ok=True)
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=COLLECT_TIMEOUT_S)
-    for reference in late:
-        ray.cancel(reference, force=True)
+    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=COLLECT_TIMEOUT_S)
     written = []
     for reference in ready:
         rank = asked[reference]

@@ -129,6 +129,8 @@ class WorkerGroup:
         Ray takes seconds to declare a node dead, and an attempt that counts on it would wait for it in vain.
         """
         nodes = fitting_nodes(self.shape)
+        if self.elastic is None:
+            return nodes
         known = {node["NodeID"] for node in nodes}
         self._doubtful &= known
         answered = answering(sorted(self._doubtful)) if self._doubtful else set()
@@ -315,7 +317,7 @@ class WorkerGroup:
 
     def _died(self, rank: int, why: str, *, preempted: bool = False) -> Failure:
         beat = self._beats.get(rank)
-        if self.shape.nodes > 1 and rank < len(self.placements):
+        if self.elastic is not None and rank < len(self.placements):
             self._doubtful.add(self.placements[rank]["node_id"])
         return Failure(
             rank=rank,
@@ -335,7 +337,7 @@ class WorkerGroup:
 
     def stop(self) -> None:
         """End every rank now and free the placement group."""
-        if self.shape.nodes > 1:  # who has not said how it ended may be on a node that is gone
+        if self.elastic is not None:  # who has not said how it ended may be on a node that is gone
             silent = [rank for rank in self._waits.values() if rank < len(self.placements)]
             self._doubtful |= {self.placements[rank]["node_id"] for rank in silent}
         for actor in self._actors:

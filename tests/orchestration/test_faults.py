@@ -150,7 +150,7 @@ def test_a_stopped_rank_is_named_with_its_stacks_and_a_slow_one_too(
     assert "and does not answer; 1 rank waits in agreeing on the batch" in report[0]
     assert report[0] in err
     stacks = (directory.logs / "hang-12" / "rank_00001.txt").read_text()
-    assert "enact" in stacks, "where the rank stood"
+    assert "train (launcher/training/loop.py" in stacks, "where the rank stood"
     waiting = (directory.logs / "hang-12" / "rank_00000.txt").read_text()
     assert "train_step" in waiting
     (straggler,) = [e for e in read_json_lines(directory.events) if e["state"] == "straggler"]
