@@ -167,12 +167,13 @@ def _bare_job(setting: Setting, plan_json: str, prepared: Path, folder: Path, in
     from launcher.data.store import PreparedData
     from launcher.models.build import build_config, build_model
     from launcher.planning.plan import Plan
-    from launcher.tasks import TASKS
+    from launcher.tasks import make_task
 
     plan = Plan.model_validate_json(plan_json)
-    datasets = PreparedData.load(prepared).split("train")
+    data = PreparedData.load(prepared)
+    datasets = data.split("train")
     order = GlobalOrder([len(dataset) for dataset in datasets], [1.0], seed=plan.recipe.seed, shuffle=True)
-    collate = TASKS[plan.recipe.task](plan).collate
+    collate = make_task(plan, data.facts).collate
     by_rank = []
     for rank in range(WORKERS):
         with BatchLoader(datasets, order, plan.batch, rank, WORKERS, collate) as loader:

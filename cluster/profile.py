@@ -68,6 +68,8 @@ class Profile(BaseModel):
     """Where run directories are made unless `--run-dir` names one; all nodes must see it. Default: `runs`."""
     join_timeout_seconds: float = Field(default=300.0, gt=0)
     """How long a job waits for all its nodes to join Ray."""
+    hours_between_failures: float | None = Field(default=None, gt=0)
+    """Of one machine, on average, as its operators know it; `zerofleet plan` then says how often to save."""
     dashboard: bool = False
     """Serve Ray's dashboard on the first node, on loopback."""
     slurm: SlurmSection = SlurmSection()

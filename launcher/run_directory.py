@@ -55,6 +55,16 @@ class RunDirectory:
         return self.path / "run.lock"
 
     @property
+    def profile(self) -> Path:
+        """What torch's profiler recorded, a file a rank and window."""
+        return self.path / "profile"
+
+    @property
+    def saves(self) -> Path:
+        """One JSON object a save: step, reason, whether it succeeded, seconds, and for how many training waited."""
+        return self.path / "saves.jsonl"
+
+    @property
     def save_request(self) -> Path:
         """Somebody asks for a checkpoint now (JSON); rank 0 removes it when it has answered."""
         return self.path / "save.request"

@@ -11,9 +11,16 @@ from pathlib import Path
 from launcher.checkpoints import fault_plan
 
 SWITCH = "ZEROFLEET_TEST_FAULT"
-"""Name of the variable: JSON, either `{"record": FOLDER}` or `{"rank": 0, "point": "commit.renamed", "visit": 1}`."""
+"""Name of the variable: JSON, either `{"record": FOLDER}` or `{"rank": 0, "point": "commit.renamed", "visit": 1}`.
+In a rank's writer process the rank is killed with it, unless the switch says `"writer_only": true`."""
 
 _visits: dict[str, int] = {}
+_together: list[int] = []
+
+
+def killed_with(process: int) -> None:
+    """A fault of this process ends another one first: the two are one rank to those who look at checkpoints."""
+    _together.append(process)
 
 
 def reach(point: str) -> None:
@@ -36,4 +43,6 @@ def _act(setting: dict[str, object], point: str) -> None:
         return
     _visits[point] = _visits.get(point, 0) + 1
     if (rank, point, _visits[point]) == (setting["rank"], setting["point"], setting["visit"]):
+        for process in [] if setting.get("writer_only") else _together:
+            os.kill(process, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -15,8 +15,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from launcher.checkpoints.disk import sync_folder, write_durably
 from launcher.checkpoints.faults import reach
-from launcher.checkpoints.files import FileRecord, sync_folder, write_durably
+from launcher.checkpoints.files import FileRecord
 from launcher.checkpoints.manifest import MANIFEST_NAME, Manifest, RankManifest, faults_of, write_manifest
 from launcher.errors import CheckpointError
 
@@ -41,6 +42,11 @@ def step_of(folder: Path) -> int:
     if match is None:
         raise CheckpointError(f"{folder} is no checkpoint: its name is not of the form {folder_name(0)}")
     return int(match[1])
+
+
+def is_name(name: str) -> bool:
+    """Whether a committed checkpoint may be called so."""
+    return _STEP.fullmatch(name) is not None
 
 
 def complete(checkpoints: Path) -> list[Path]:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from xxhash import xxh3_128_hexdigest
 
-from launcher.checkpoints.files import FileRecord, damages, write_durably
+from launcher.checkpoints.disk import write_durably
+from launcher.checkpoints.files import FileRecord, damages
 from launcher.errors import CheckpointError
 from launcher.planning.layout import BatchPlan, Layout
 from launcher.recipe.schema import Recipe
@@ -98,6 +99,19 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"checkpoint {folder}: {MANIFEST_NAME} cannot be read: {error.strerror or error}"
         ) from error
+    return parse_manifest(content, str(folder))
+
+
+def parse_manifest(content: bytes, folder: str) -> Manifest:
+    """What a manifest's bytes say.
+
+    Args:
+        content: of the file.
+        folder: where it stands, for the text of errors.
+
+    Raises:
+        CheckpointError: it is damaged or of another version.
+    """
     first = _FIRST_LINE.match(content)
     if first is None or xxh3_128_hexdigest(content[first.end() :]) != first[1].decode():
         _refuse_other_version(folder, content)
@@ -115,7 +129,7 @@ class VersionError(CheckpointError):
     """Another version of ZeroFleet wrote the checkpoint: nothing is wrong with it, but this one cannot read it."""
 
 
-def _refuse_other_version(folder: Path, content: bytes) -> None:
+def _refuse_other_version(folder: str, content: bytes) -> None:
     try:
         version = json.loads(content)["version"]
     except (ValueError, KeyError, TypeError):

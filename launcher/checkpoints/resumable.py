@@ -65,6 +65,8 @@ def unconvertible_reason(manifest: Manifest) -> str | None:
     if manifest.layout.model_parallel_size * manifest.layout.expert_parallel_size > 1:
         sizes = {name: getattr(manifest.layout, name) for name in MODEL_PARALLEL}
         return "it is spread over " + ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    if manifest.recipe.adapter is not None:
+        return "an adapter's checkpoint is continued in its own layout"
     if manifest.zero_stage == 0 and manifest.precision != "fp32":
         return f"in {manifest.precision}, DeepSpeed keeps the optimizer of ZeRO stage 0 in a form of its own"
     return None

@@ -75,6 +75,8 @@ def status(
     typer.secho(f"{view.record.id}  {view.record.name}  {view.status.state}", bold=True)
     for label, text in _facts(view):
         print(f"  {label:<16}{text}")
+    for line in beside_plan(view):
+        print(f"  {line}")
     if view.phases:
         print("  the start took")
         print(render_phases(view.phases))
@@ -105,6 +107,22 @@ def _goodput(run_directory: str) -> float | None:
     from launcher.run_directory import RunDirectory
 
     return read_account(RunDirectory.at(run_directory)).goodput
+
+
+def beside_plan(view: "JobView") -> list[str]:
+    """The plan beside what was measured; nothing where the plan cannot be read here."""
+    from launcher.cli.plan_text import beside_lines
+    from launcher.errors import ExpectedError
+    from launcher.orchestration.driver import read_plan
+    from launcher.run_directory import RunDirectory
+
+    metrics = view.progress.get("metrics")
+    if not metrics:
+        return []
+    try:
+        return beside_lines(read_plan(RunDirectory.at(view.record.run_directory)), metrics)
+    except (ExpectedError, OSError):
+        return []
 
 
 def _line(progress: dict[str, Any]) -> str:

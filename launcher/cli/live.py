@@ -5,6 +5,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from launcher.cli.plan_text import beside_lines
 from launcher.orchestration.progress import Pace, progress_line, readable_seconds
 from launcher.orchestration.supervisor import GroupStatus, RunState
 from launcher.run_directory import RunDirectory
@@ -95,6 +96,8 @@ def print_summary(summary: dict[str, Any], plan: "Plan", run_directory: RunDirec
         print(f"{name}: stopped and saved at step {summary['step']}; the same command continues")
     for label, text in _facts(summary):
         print(f"  {label:<22}{text}")
+    for line in beside_lines(plan, summary):
+        print(f"  {line}")
     print(f"  {'look at it with':<22}zerofleet tensorboard {_relative(run_directory)}")
 
 

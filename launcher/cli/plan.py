@@ -1,9 +1,12 @@
 """`zerofleet plan`: what a run would do, as text or JSON, without starting anything."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from launcher.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from launcher.planning.layout import Resources
@@ -26,6 +29,9 @@ def plan(
     explain: Annotated[
         str | None, typer.Option(help="Show what a change does, such as tensor_parallel_size=2,zero.stage=3.")
     ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Run whose saves were measured, to advise save_steps. Default: runs/NAME.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show what a run would do; starts nothing.
@@ -41,7 +47,8 @@ def plan(
     if search and explain is not None:
         raise ExpectedError("--search and --explain do not go together; leave one of them out")
     loaded = read_recipe(recipe, overrides or ())
-    resources = resources_of(load_profile(profile))
+    where = load_profile(profile)
+    resources = resources_of(where)
     changes: dict[str, Any] = {"network": network or resources.network, "nodes": nodes or resources.nodes}
     if host_memory is not None:
         changes["host_memory"] = int(host_memory * 2**30)
@@ -55,7 +62,36 @@ def plan(
         _explain(loaded, [recipe, *(overrides or ())], explain, resources, as_json=as_json)
     else:
         planned = _planned(loaded, resources)
-        print(planned.model_dump_json(indent=2)) if as_json else print_plan(planned)
+        if as_json:
+            print(planned.model_dump_json(indent=2))
+            return
+        print_plan(planned)
+        directory = RunDirectory.at(run_dir or Path("runs") / planned.recipe.name)
+        advice = save_advice(directory, planned.resources.nodes, where.hours_between_failures)
+        if advice is not None:
+            print(f"saves: {advice}")
+
+
+def save_advice(directory: RunDirectory, nodes: int, hours_between_failures: float | None) -> str | None:
+    """How often to save, from what saving has cost and how often machines fail; or what is missing to say it.
+
+    None when nothing is known.
+    """
+    from launcher.planning.save_interval import advise, measured_cost
+
+    cost = measured_cost(directory)
+    if cost is None or hours_between_failures is None:
+        missing = [] if cost is not None else [f"a run in {directory.path} that has saved"]
+        missing += [] if hours_between_failures is not None else ["hours_between_failures in the profile"]
+        return None if len(missing) > 1 else f"how often is best follows from {missing[0]}"
+    advice = advise(cost, nodes, hours_between_failures)
+    machines = "1 node" if nodes == 1 else f"{nodes} nodes"
+    return (
+        f"save_steps={advice.save_steps} is best (every {advice.seconds:,.0f} s): a save holds training up for "
+        f"{cost.blocked_seconds:.3g} s and is committed after {cost.seconds:.3g} s, and {machines} of "
+        f"{hours_between_failures:,g} h between failures fail every {hours_between_failures / nodes:,.4g} h. "
+        f"A failure then loses {advice.lost_seconds:,.3g} s of work; saves and failures take {advice.overhead:.2%}."
+    )
 
 
 def _planned(loaded: "RecipeFile", resources: "Resources") -> "Plan":

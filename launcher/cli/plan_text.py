@@ -1,8 +1,8 @@
 """A plan, a search and a comparison as text of at most 80 columns where tables allow it."""
 
 import json
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -195,3 +195,15 @@ def _plain(value: float) -> str:
 
 def _signed(value: float, form: "Callable[[float], str]") -> str:
     return "-" if value == 0 else f"{'+' if value > 0 else '-'}{form(abs(value))}"
+
+
+def beside_lines(plan: "Plan", metrics: "Mapping[str, Any]") -> list[str]:
+    """The plan beside what was measured, a line each; none before anything was."""
+    from launcher.planning.measured import beside
+
+    lines = []
+    for row in beside(plan, metrics):
+        form = readable_bytes if row.unit == "bytes" else readable_time
+        planned = "-" if row.planned is None else form(row.planned)
+        lines.append(f"{row.name:<20}{planned:>12}{form(row.measured):>12}")
+    return [f"{'':<20}{'planned':>12}{'measured':>12}", *lines] if lines else []

@@ -19,11 +19,13 @@ from typing import Any
 from cluster.types import PHASES_VARIABLE, STOP_FILE_VARIABLE
 from launcher.checkpoints import fault_plan, folders
 from launcher.checkpoints.manifest import read_manifest
+from launcher.checkpoints.remote import RemoteCheckpoints, fetch_newest
 from launcher.checkpoints.resumable import check_resumable, recipe_changes, with_batch_of
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
 from launcher.orchestration.elastic import Elastic
 from launcher.orchestration.failure import FailureKind
 from launcher.orchestration.journal import Journal
+from launcher.orchestration.mirror import Mirror
 from launcher.orchestration.observers import JobObserver, Notices, Observer
 from launcher.orchestration.policy import FailurePolicy
 from launcher.orchestration.run_lock import holding
@@ -88,7 +90,9 @@ def drive(
     Raises:
         ExpectedError: what a person must change; `TrainingError` holds the failing rank's traceback.
     """
-    plan = _keep_batch(_whole_plan(run_directory), run_directory, observer)
+    plan = _whole_plan(run_directory)
+    remote = _remote(plan, run_directory, observer)
+    plan = _keep_batch(plan, run_directory, observer)
     started = time.time()
 
     journal = Journal(run_directory, observer, tensorboard=plan.recipe.logging.tensorboard)
@@ -99,7 +103,8 @@ def drive(
     if plan.resources.nodes > 1 and plan.recipe.fault_tolerance.preflight:
         _preflight(plan, run_directory, observer)
     try:
-        supervisor = _supervise(plan, run_directory, observer, journal, saved_step)
+        with _mirroring(remote, plan, run_directory, observer):
+            supervisor = _supervise(plan, run_directory, observer, journal, saved_step)
     finally:
         journal.close()
     if supervisor.state is RunState.FAILED:
@@ -142,6 +147,28 @@ def _whole_plan(run_directory: RunDirectory) -> Plan:
         write_atomically(run_directory.plan, run_directory.full_plan.read_text())
         run_directory.full_plan.unlink()
     return read_plan(run_directory)
+
+
+def _remote(plan: Plan, run_directory: RunDirectory, observer: Observer) -> RemoteCheckpoints | None:
+    """The second place for checkpoints, if the recipe names one; what is newer there is fetched."""
+    url = plan.recipe.checkpoint.directory
+    if url is None:
+        return None
+    remote = RemoteCheckpoints(url)
+    fetch_newest(remote, run_directory.checkpoints, observer.message)
+    return remote
+
+
+@contextmanager
+def _mirroring(
+    remote: RemoteCheckpoints | None, plan: Plan, run_directory: RunDirectory, observer: Observer
+) -> Iterator[None]:
+    """Copy checkpoints to the second place, if there is one, and leave when all are there."""
+    if remote is None:
+        yield
+        return
+    with Mirror(remote, run_directory.checkpoints, plan.recipe.checkpoint, observer.message):
+        yield
 
 
 def _keep_batch(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Plan:
@@ -363,6 +390,7 @@ def _summary(
         "metrics": {name: value for name, value in metrics.items() if name.startswith("eval_")},
         "unigram_loss": baseline,
         "tokens_per_second": metrics.get("tokens_per_second"),
+        **{key: metrics.get(key) for key in ("step_seconds", "phase_seconds", "memory_bytes")},
         "seconds": round(time.time() - started, 2),
         "timeline": {name: round(moment - started, 2) for name, moment in timeline.items()},
         "checkpoint": str(present[-1]) if (present := folders.complete(run_directory.checkpoints)) else None,

@@ -335,6 +335,9 @@ class WorkerGroup:
 
     def stop(self) -> None:
         """End every rank now and free the placement group."""
+        if self.shape.nodes > 1:  # who has not said how it ended may be on a node that is gone
+            silent = [rank for rank in self._waits.values() if rank < len(self.placements)]
+            self._doubtful |= {self.placements[rank]["node_id"] for rank in silent}
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         self._actors, self._waits, self._questions = [], {}, {}

@@ -91,6 +91,15 @@ COMBINATIONS: tuple[Combination, ...] = (
         source="runtime/pipe/topology.py (PipeModelDataParallelTopology), module_inject/layers.py",
         test="test_layouts_pipeline.py",
     ),
+    Combination(
+        groups=frozenset({"expert"}),
+        zero_stages=frozenset({1, 2}),
+        precisions=frozenset({"fp32"}),
+        offload=False,
+        reason="checkpoints of stage 3 hold parts of experts that are not put together yet",
+        source="runtime/engine.py: _configure_expert_parallel (AutoEP)",
+        test="test_layouts_expert.py",
+    ),
 )
 """Every legal combination. The search of layouts enumerates these rows and nothing else."""
 
@@ -103,7 +112,7 @@ FAMILIES_BY_KIND: dict[str, frozenset[str]] = {
     ),
     "sequence": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"}),
     "pipeline": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}),
-    "expert": frozenset(),
+    "expert": frozenset({"mixtral", "qwen3_moe"}),
 }
 """Families that a test of ours has trained with each kind of groups."""
 

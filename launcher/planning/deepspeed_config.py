@@ -197,6 +197,9 @@ def _owned_values(recipe: Recipe, layout: Layout, batch: BatchPlan, model_type: 
         owned.append(_Owned("expert_parallel.enabled", True, field))
         owned.append(_Owned("expert_parallel.autoep_size", layout.expert_parallel_size, field))
         owned.append(_Owned("expert_parallel.preset_model", EXPERT_PRESETS.get(model_type or "", ""), field))
+    if recipe.profiling.flops_step is not None:
+        owned.append(_Owned("flops_profiler.enabled", True, "profiling.flops_step"))
+        owned.append(_Owned("flops_profiler.profile_step", recipe.profiling.flops_step, "profiling.flops_step"))
     for name in ("offload_optimizer", "offload_param"):
         device = getattr(zero, name)
         if device is not None:

@@ -395,6 +395,16 @@ class CheckpointSection(Section):
     keep_best: int = Field(default=0, ge=0)
     """Keep, besides them, so many of the lowest validation loss; only steps that are evaluated and saved can be among
     them."""
+    asynchronous: bool = True
+    """Copy the state into host memory and write it beside the training; false: training waits for the disk, and the
+    host needs no memory for the copy."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """What a save does that comes while the one before it is being written: its copy waits for its turn in a second
+    part of host memory, and training with it when that is taken too; or it is left out."""
+    directory: str | None = None
+    """A second place for the checkpoints, this run's alone: any URL that fsspec knows, such as `s3://bucket/run-7`, or
+    a path. They are committed in the run directory, copied there meanwhile, and fetched by a machine that has none or
+    only older ones."""
     verify: Literal["size", "full"] = "full"
     """What is compared before a checkpoint is trusted: the files' sizes, or their checksums too."""
     max_failed_saves: int = Field(default=3, ge=0)
@@ -410,6 +420,25 @@ class LoggingSection(Section):
     """Write TensorBoard event files besides metrics.jsonl."""
     sample_ids: bool = False
     """Write which samples each rank trained on at each step to `logs/samples_RANK.jsonl`."""
+
+
+class ProfilingSection(Section):
+    """A window of steps under a profiler; a profiled step is slower than others."""
+
+    start_step: int | None = Field(default=None, ge=1)
+    """First step to record with torch's profiler; null records none. The first steps of a run are unlike the others."""
+    num_steps: int = Field(default=3, ge=1, le=100)
+    """So many steps."""
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Which ranks record; each writes a file to `profile/`."""
+    memory: bool = False
+    """Record allocations too."""
+    shapes: bool = False
+    """Record the shapes of what each operation gets."""
+    stacks: bool = False
+    """Record the lines of code; slow."""
+    flops_step: int | None = Field(default=None, ge=1)
+    """Have DeepSpeed's FLOPs profiler count this step, layer by layer, into rank 0's log."""
 
 
 class ExportSection(Section):
@@ -501,6 +530,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
+    profiling: ProfilingSection = ProfilingSection()
     export: ExportSection = ExportSection()
     fault_tolerance: FaultToleranceSection = FaultToleranceSection()
 

@@ -1,11 +1,9 @@
 """Saving and loading a run's checkpoints, by all ranks together."""
 
-import os
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,21 +11,25 @@ from typing import Any
 import torch.distributed as dist
 
 from launcher.checkpoints import folders
-from launcher.checkpoints.files import FileRecord
-from launcher.checkpoints.manifest import Manifest, faults_of, manifest_hash, read_manifest
+from launcher.checkpoints.manifest import Manifest, read_manifest
 from launcher.checkpoints.resumable import check_resumable, partitioning_of
 from launcher.checkpoints.retention import prune
-from launcher.errors import CheckpointError, StorageError
+from launcher.errors import StorageError
 from launcher.planning.plan import Plan
 from launcher.recipe.loading import recipe_hash
 from launcher.training import upstream
+from launcher.training.background_save import BackgroundSaver, Outcome, Save
 from launcher.training.checkpoint_files import CheckpointFiles
 from launcher.training.collective_folder import CollectiveFolder, attempted
-from launcher.training.distributed import all_gather, broadcast
+from launcher.training.distributed import broadcast
+from launcher.training.restore import Restorer
 from launcher.training.shared_directory import check_shared
-from launcher.training.universal import convert
 from launcher.training.universal_load import load_universal
 
+FINAL = ("end", "stop")
+"""Reasons of a save that must not fail."""
+WAITED_FOR = (*FINAL, "request")
+"""Reasons of a save that is over when training goes on."""
 WRITERS = ("zerofleet", "torch", "deepspeed", "transformers")
 
 
@@ -78,19 +80,28 @@ class CheckpointManager:
         self.world_size = dist.get_world_size()
         self.files = CheckpointFiles(self.rank)
         self.failed_saves = 0
+        self._last_failure = ""
+        self._known: list[Outcome] = []
         self._saves = 0
         self._saves_adapter = False
         self._attempt = check_shared(directory)
+        self.background: BackgroundSaver | None = None
 
-    def save(self, engine: Any, progress: Progress, reason: str = "interval") -> bool:
-        """Save the engine's state after `progress.step` steps, then prune.
+    def save(self, engine: Any, progress: Progress, reason: str = "interval") -> None:
+        """Save the engine's state after `progress.step` steps, then prune; `outcomes` tells how that ended.
 
-        Returns:
-            Whether it was saved; if not, every rank knows, a person has been told, and training may go on.
+        With `checkpoint.asynchronous` this returns when the states are copied; the other saves, and those that
+        somebody waits for, are over when it returns. Rank 0 knows the reason.
 
         Raises:
             StorageError: more saves in a row failed than `checkpoint.max_failed_saves`, or one that must not fail.
         """
+        began = time.monotonic()
+        reason, skipped, problem = broadcast(lambda: (reason, *self._before(progress.step, reason)))
+        if problem is not None:
+            raise StorageError(problem)
+        if skipped:
+            return
         folder = self._new_folder(progress.step)
         engine.checkpoint_engine = self.files
         upstream.leave_out_recovery_scripts(engine)
@@ -98,46 +109,128 @@ class CheckpointManager:
             upstream.leave_out_frozen_aliases(engine)
             self._saves_adapter = True
         errors = folder.make()
+        asynchronous = self.plan.recipe.checkpoint.asynchronous
+        if asynchronous and not errors:
+            self._copy(engine, progress, reason, folder, began)
+        else:
+            self._save_now(engine, progress, reason, folder, errors, began)
+        if reason in WAITED_FOR or not asynchronous:
+            self._finish_saves(final=reason in FINAL)
+
+    def _before(self, step: int, reason: str) -> tuple[bool, str | None]:
+        """On rank 0: whether to skip this save, and why to give up instead of saving."""
+        self._collect()
+        if self.failed_saves > self.plan.recipe.checkpoint.max_failed_saves:
+            return False, self._last_failure
+        busy = self.background is not None and self.background.is_busy
+        skipped = busy and self.plan.recipe.checkpoint.when_busy == "skip" and reason not in WAITED_FOR
+        if skipped:
+            self.notify(f"the checkpoint at step {step} is skipped: the one before it is still being written")
+        return skipped, None
+
+    def _save_now(
+        self,
+        engine: Any,
+        progress: Progress,
+        reason: str,
+        folder: CollectiveFolder,
+        errors: list[str],
+        began: float,
+    ) -> None:
         if not errors:
             self.files.begin(folder.incomplete)
-            state = {"parameter_names": parameter_names(engine)}
-            engine.save_checkpoint(
-                str(self.directory),
-                tag=folder.incomplete.name,
-                client_state=state,
-                save_latest=False,
-                exclude_frozen_parameters=self.plan.recipe.adapter is not None,
-            )
+            self._hand_over(engine, folder)
             errors = folder.record(self.files.records, self.files.errors)
         errors = errors or folder.commit(self._manifest(progress, reason))
-        if not errors:
+        if errors:
+            folder.abandon()
+        elif self.rank == 0:
+            self._committed(self.directory / folders.folder_name(progress.step))
+        seconds = time.monotonic() - began
+        self._ended(Outcome(progress.step, reason, tuple(errors), seconds, blocked_seconds=seconds))
+
+    def _copy(self, engine: Any, progress: Progress, reason: str, folder: CollectiveFolder, began: float) -> None:
+        background = self.background = self.background or BackgroundSaver(self._committed)
+        buffer = background.free_buffer()
+        save = Save(folder.incomplete, folder.token, self._manifest(progress, reason), buffer, began)
+        self.files.begin(folder.incomplete, buffer)
+        self._hand_over(engine, folder)
+        save.errors.extend(self.files.errors)
+        background.begin(save)
+
+    def _hand_over(self, engine: Any, folder: CollectiveFolder) -> None:
+        """Let DeepSpeed give its states to `self.files`."""
+        state = {"parameter_names": parameter_names(engine)}
+        engine.save_checkpoint(
+            str(self.directory),
+            tag=folder.incomplete.name,
+            client_state=state,
+            save_latest=False,
+            exclude_frozen_parameters=self.plan.recipe.adapter is not None,
+        )
+
+    def _committed(self, folder: Path) -> None:
+        """What follows a commit; when it goes wrong, the checkpoint is one all the same."""
+        for error in attempted(lambda: folders.point_to(folder)) + attempted(
+            lambda: prune(self.directory, self.plan.recipe.checkpoint)
+        ):
+            self._tell(f"{folder.name} is saved, but what comes after a save failed: {error}")
+
+    def outcomes(self) -> list[Outcome]:
+        """How saves ended since the last call; on rank 0, and of its own part on another rank."""
+        self._collect()
+        known, self._known = self._known, []
+        return known
+
+    def _collect(self) -> None:
+        for outcome in [] if self.background is None else self.background.outcomes():
+            self._ended(outcome)
+
+    def _ended(self, outcome: Outcome) -> None:
+        self._known.append(outcome)
+        if not outcome.errors:
             self.failed_saves = 0
-            if self.rank == 0:
-                folders.point_to(self.directory / folders.folder_name(progress.step))
-                prune(self.directory, self.plan.recipe.checkpoint)
-            return True
-        folder.abandon()
-        self._fail(progress.step, errors, final=reason in ("end", "stop"))
-        return False
-
-    def _new_folder(self, step: int, suffix: str = "") -> CollectiveFolder:
-        self._saves += 1
-        name = folders.folder_name(step) + suffix + folders.INCOMPLETE
-        return CollectiveFolder(self.directory / name, f"{self._attempt}.{self._saves}")
-
-    def _fail(self, step: int, errors: list[str], *, final: bool) -> None:
+            return
         self.failed_saves += 1
         allowed = self.plan.recipe.checkpoint.max_failed_saves
-        text = (
-            f"checkpoint at step {step} cannot be written to {self.directory} "
-            f"({_free_space(self.directory)} free there): {'; '.join(errors)}"
+        self._last_failure = (
+            f"checkpoint at step {outcome.step} cannot be written to {self.directory} "
+            f"({_free_space(self.directory)} free there): {'; '.join(outcome.errors)}"
         )
-        if final or self.failed_saves > allowed:
-            raise StorageError(text)
-        if self.rank == 0:
-            self.notify(
-                f"{text}\ntraining goes on without it; {self.failed_saves} of checkpoint.max_failed_saves {allowed}"
+        if outcome.reason not in FINAL and self.failed_saves <= allowed:
+            self._tell(
+                f"{self._last_failure}\ntraining goes on without it; {self.failed_saves} of "
+                f"checkpoint.max_failed_saves {allowed}"
             )
+
+    def _finish_saves(self, *, final: bool) -> None:
+        """Wait for all that is in flight.
+
+        Raises:
+            StorageError: the last save of the run failed, or too many in a row.
+        """
+        if self.background is not None:
+            self.background.drain()
+        problem = broadcast(lambda: self._problem(final=final))
+        if problem is not None:
+            raise StorageError(problem)
+
+    def _problem(self, *, final: bool) -> str | None:
+        """On rank 0: why the run cannot go on, or end, with the saves as they are."""
+        self._collect()
+        failed = self.failed_saves > (0 if final else self.plan.recipe.checkpoint.max_failed_saves)
+        return self._last_failure if failed else None
+
+    def close(self) -> None:
+        """End what works beside the training; what is in flight is given up unless it was waited for."""
+        if self.background is not None:
+            self.background.close()
+            self.background = None
+
+    def _new_folder(self, step: int) -> CollectiveFolder:
+        self._saves += 1
+        name = folders.folder_name(step) + folders.INCOMPLETE
+        return CollectiveFolder(self.directory / name, f"{self._attempt}.{self._saves}")
 
     def load(self, engine: Any) -> Progress:
         """Load the newest checkpoint that verifies into the engine; without any checkpoint, return the start.
@@ -145,20 +238,16 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are checkpoints but none of them verifies, or this plan cannot continue from it.
         """
-        folder = self._newest_verified()
+        restorer = Restorer(self.directory, self.plan, self._tell, self._attempt)
+        folder = restorer.newest_verified()
         if folder is None:
             return Progress()
         manifest = read_manifest(folder)
         resumption = check_resumable(manifest, self.plan, self.data_fingerprint, folder)
         engine.checkpoint_engine = self.files
         adapter = self.plan.recipe.adapter is not None
-        if resumption.differences and adapter:
-            raise CheckpointError(
-                f"{folder} was saved in another layout ({'; '.join(map(str, resumption.differences))}); an adapter's "
-                "checkpoint is continued in its own"
-            )
         if resumption.differences:
-            load_universal(engine, self._converted(folder, manifest), self.plan.zero_stage)
+            load_universal(engine, restorer.converted(folder, manifest), self.plan.zero_stage)
         else:
             # The frozen weights come from the model, not from the checkpoint.
             engine.load_checkpoint(str(self.directory), tag=folder.name, load_module_strict=not adapter)
@@ -169,72 +258,6 @@ class CheckpointManager:
             best_eval_loss=manifest.best_eval_loss,
             evaluations_without_improvement=manifest.evaluations_without_improvement,
         )
-
-    def _converted(self, folder: Path, manifest: Manifest) -> Path:
-        """The checkpoint's universal form, from the cache beside it or made now by all ranks together.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
-        cached = folders.universal_of(folder)
-        source = manifest_hash(folder)
-        if broadcast(lambda: _is_converted(cached, source)):
-            if not self._faults(cached):
-                return cached
-            broadcast(lambda: folders.delete(cached, "cache"))
-        began = time.monotonic()
-        self._tell(f"converting {folder.name} ({_size(manifest.size)}) for this layout")
-        target = self._new_folder(manifest.step, folders.UNIVERSAL)
-        errors = target.make()
-        if not errors:
-            records: dict[str, FileRecord] = {}
-            threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            wrong = attempted(
-                lambda: records.update(
-                    convert(folder, manifest, target.incomplete, self.rank, self.world_size, threads)
-                )
-            )
-            errors = target.record(records, wrong)
-        facts = {"kind": "universal", "source": source, "reason": "convert", "saved_at": time.time()}
-        errors = errors or target.commit(manifest.model_copy(update=facts))
-        if errors:
-            target.abandon()
-            raise StorageError(
-                f"{folder} cannot be converted for this layout ({_free_space(self.directory)} free there): "
-                + "; ".join(errors)
-            )
-        size = _size(read_manifest(cached).size)
-        self._tell(f"converted in {time.monotonic() - began:.1f} s; {cached.name} has {size}")
-        return cached
-
-    def _newest_verified(self) -> Path | None:
-        """The newest checkpoint whose files all ranks together found whole; the bad ones before it are set aside."""
-        set_aside = []
-        for note in broadcast(lambda: folders.tidy(self.directory)):
-            self._tell(note)
-        while True:
-            name = broadcast(lambda: _newest_name(self.directory))
-            if name is None:
-                break
-            folder = self.directory / name
-            wrong = self._faults(folder)
-            if not wrong:
-                return folder
-            moved = str(broadcast(partial(folders.set_aside, folder)))
-            set_aside.append(moved)
-            self._tell(f"checkpoint {name} is damaged: {'; '.join(wrong)}. It is set aside as {moved}")
-        if set_aside:
-            raise CheckpointError(
-                f"no checkpoint of {self.directory} can be trusted; set aside: {', '.join(set_aside)}. "
-                "Run again to start from the beginning, or put a sound checkpoint there."
-            )
-        return None
-
-    def _faults(self, folder: Path) -> list[str]:
-        """What is wrong with a folder, each rank looking at a part of it."""
-        contents = self.plan.recipe.checkpoint.verify == "full"
-        parts = all_gather(faults_of(folder, contents=contents, share=(self.rank, self.world_size)))
-        return sorted({fault for part in parts for fault in part})
 
     def _tell(self, text: str) -> None:
         if self.rank == 0:
@@ -265,19 +288,6 @@ class CheckpointManager:
         )
 
 
-def _newest_name(checkpoints: Path) -> str | None:
-    present = folders.complete(checkpoints)
-    return present[-1].name if present else None
-
-
-def _is_converted(cached: Path, source: str) -> bool:
-    """Whether the cache was made from this very checkpoint; whether its files are whole is another question."""
-    try:
-        return read_manifest(cached).source == source
-    except CheckpointError:
-        return False
-
-
 def parameter_names(engine: Any) -> list[list[str]]:
     """Names of the trained parameters, group by group, in the order in which ZeRO 0's optimizer numbers its states."""
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
@@ -285,10 +295,6 @@ def parameter_names(engine: Any) -> list[list[str]]:
         [names[parameter] for parameter in group["params"] if parameter in names]
         for group in engine.optimizer.param_groups
     ]
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 def _free_space(folder: Path) -> str:

@@ -9,16 +9,18 @@ from typing import IO, Any, cast
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
-from launcher.checkpoints.files import FileRecord, HashedFile
+from launcher.checkpoints.disk import HashedFile
+from launcher.checkpoints.files import FileRecord, record_of
 from launcher.errors import CheckpointError
+from launcher.training.host_memory import HostBuffer, HostFile
 from launcher.training.upstream import loading_only_data
 
 
 class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
     """DeepSpeed's checkpoint engine, whose `save` it calls once a file and whose `load` once a file it needs.
 
-    An error of the disk is kept in `errors` instead of raised: DeepSpeed ends a save with a barrier, at which the other
-    ranks would wait for ever.
+    Files go to the disk at once or, when a save begins with a buffer, into host memory. An error of either is kept in
+    `errors` instead of raised: DeepSpeed ends a save with a barrier, at which the other ranks would wait for ever.
 
     Args:
         rank: of this process.
@@ -30,10 +32,11 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
         self.folder = Path()
         self.records: dict[str, FileRecord] = {}
         self.errors: list[str] = []
+        self.buffer: HostBuffer | None = None
 
-    def begin(self, folder: Path) -> None:
-        """Start a save into a folder that exists."""
-        self.folder, self.records, self.errors = folder, {}, []
+    def begin(self, folder: Path, buffer: HostBuffer | None = None) -> None:
+        """Start a save into a folder that exists, or into host memory."""
+        self.folder, self.records, self.errors, self.buffer = folder, {}, [], buffer
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """Do nothing: `begin` came before."""
@@ -42,10 +45,16 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
         """Do nothing: rank 0 has made the folder, and DeepSpeed asks for no other."""
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write one file, hashed and on the disk when this returns."""
+        """Write one file, hashed and on the disk when this returns, or copy it into host memory."""
         target = Path(path)
+        name = str(target.relative_to(self.folder))
         try:
-            self.records[str(target.relative_to(self.folder))] = write_state(state_dict, target, self.rank)
+            if self.buffer is None:
+                self.records[name] = write_state(state_dict, target, self.rank)
+            else:
+                file = self.buffer.begin_file(name)
+                serialise(state_dict, file)
+                file.end()
         except OSError as error:
             self.errors.append(f"{target.name}: {error.strerror or error}")
 
@@ -64,14 +73,19 @@ def write_state(state: Any, path: Path, rank: int) -> FileRecord:
     Raises:
         OSError: the disk is full or fails.
     """
-    file = HashedFile(path, rank)
+    file = HashedFile(path)
     with file:
         try:
-            with _without_crc32():
-                torch.save(state, cast(IO[bytes], file))
+            serialise(state, file)
         except RuntimeError as error:
             raise file.error or error from error
-    return file.record
+    return record_of(file, rank)
+
+
+def serialise(state: Any, file: HashedFile | HostFile) -> None:
+    """`torch.save` into a file of ours."""
+    with _without_crc32():
+        torch.save(state, cast(IO[bytes], file))
 
 
 @contextmanager

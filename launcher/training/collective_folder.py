@@ -49,18 +49,33 @@ class CollectiveFolder:
         return broadcast(lambda: attempted(lambda: self._commit(manifest)))
 
     def _commit(self, manifest: Manifest) -> None:
-        parts = {}
-        for rank in range(dist.get_world_size()):
-            part = folders.read_rank_manifest(self.incomplete, rank, self.token)
-            if part is None:
-                raise CheckpointError(f"rank {rank} wrote its part where rank 0 does not see it: {self.incomplete}")
-            parts[rank] = part
-        folders.commit(self.incomplete, manifest, parts)
+        commit_parts(self.incomplete, self.token, manifest, dist.get_world_size())
 
     def abandon(self) -> None:
         """Give back the disk that a failed save has taken."""
         if self.rank == 0:
             folders.delete(self.incomplete, "abandon")
+
+
+def commit_parts(incomplete: Path, token: str, manifest: Manifest, world_size: int) -> Path:
+    """Make a folder a checkpoint once every rank has written its part into it.
+
+    Args:
+        incomplete: the folder.
+        token: of the save.
+        manifest: of the checkpoint, without files.
+        world_size: how many parts there must be.
+
+    Raises:
+        CheckpointError: a part is not to be seen from here.
+    """
+    parts = {}
+    for rank in range(world_size):
+        part = folders.read_rank_manifest(incomplete, rank, token)
+        if part is None:
+            raise CheckpointError(f"rank {rank} wrote its part where rank 0 does not see it: {incomplete}")
+        parts[rank] = part
+    return folders.commit(incomplete, manifest, parts)
 
 
 def _make_empty(folder: Path) -> None:

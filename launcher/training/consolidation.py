@@ -92,6 +92,7 @@ def _expert_state_dict(folder: Path) -> dict[str, Any]:
     whole: dict[str, Any] = {
         name.replace(".mlp.router.gate.", ".mlp.gate."): tensor
         for name, tensor in read_state(folder / "mp_rank_00_model_states.pt")["module"].items()
+        if not name.endswith(".mlp.gate.gate.weight")  # the router again, under the name by which outputs are captured
     }
     experts: dict[str, dict[int, Tensor]] = {}
     for path in folder.glob("layer_*_expert_*_mp_rank_00_model_states.pt"):

@@ -1,5 +1,6 @@
 """Training, as one rank does it: fetch, forward, backward, step, report, evaluate, save."""
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from launcher.training.measuring import measure, watched_score, write_evaluation
 from launcher.training.monitor import Monitor, Throughput, memory_bytes
 from launcher.training.numeric import LossWatch, Observed
 from launcher.training.passes import Passes, StepOutcome, counts, make_passes, own_part
+from launcher.training.profiling import ProfilerWindow
 from launcher.training.save_triggers import SaveTriggers
 
 
@@ -85,14 +87,17 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
     throughput = Throughput()
     loader = _train_loader(session)
     stop = False
+    window = ProfilerWindow(plan.recipe.profiling, context.run_directory, context.rank)
     try:
         while not _finished(session) and not stop:
             heartbeat.enter(Phase.DATA)
             throughput.step_begins()
+            window.step_begins(progress.step + 1)
             step_batch = _next_batch(session, loader)
             learning_rate = float(session.engine.get_lr()[0])
             outcome = train_step(session, step_batch)
             throughput.step_ends(plan.batch.global_batch_size)
+            window.step_ends()
             progress.step += 1
             progress.consumed_samples = step_batch.consumed_samples
             heartbeat.stepped(progress.step)
@@ -100,7 +105,9 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
             stop = outcome.stop
             _after_step(session, step_batch, outcome, learning_rate, throughput)
     finally:
+        window.close()
         loader.close()
+        session.checkpoints.close()
     return _finish(session, stopped=not _finished(session))
 
 
@@ -219,11 +226,18 @@ def _after_step(
         session.losses.check()
         session.context.heartbeat.enter(Phase.SAVE)
         share_running_statistics(session.engine.module)
-        saved = session.checkpoints.save(session.engine, progress, reason)
-        if saved:
-            session.context.heartbeat.saved(progress.step)
+        session.checkpoints.save(session.engine, progress, reason)
         if session.triggers is not None:
-            session.triggers.ended(progress.step, saved=saved)
+            session.triggers.begun()
+    for save in session.checkpoints.outcomes() if session.context.rank == 0 else []:
+        record = {"step": save.step, "reason": save.reason, "saved": not save.errors}
+        seconds = {"seconds": round(save.seconds, 4), "blocked_seconds": round(save.blocked_seconds, 4)}
+        with contextlib.suppress(OSError):  # a full disk fails saves, which is what is being told here
+            append_json_line(session.context.run_directory.saves, record | seconds)
+        if not save.errors:
+            session.context.heartbeat.saved(save.step)
+        if session.triggers is not None:
+            session.triggers.ended(save.step, save.reason, saved=not save.errors)
 
 
 def _reason_to_save(session: Session, outcome: StepOutcome) -> str | None:
@@ -256,7 +270,7 @@ def _log(session: Session, outcome: StepOutcome, learning_rate: float, throughpu
         "consumed_samples": session.progress.consumed_samples,
         "memory_bytes": int(memory),
     }
-    values |= session.monitor.rates(throughput)
+    values |= session.monitor.rates(throughput, session.context.heartbeat.read())
     session.context.heartbeat.metrics = session.monitor.record(session.progress.step, values)
 
 

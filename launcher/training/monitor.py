@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import psutil
 import torch
 
 from launcher.planning.accelerators import model_flops_per_token, peak_flops
+from launcher.planning.measured import planned_memory, planned_seconds
 from launcher.planning.plan import Plan
 from launcher.recipe.loading import dump_recipe
 from launcher.run_directory import RunDirectory, append_json_line, read_json_lines, write_atomically
 from launcher.tasks import Metrics
+from launcher.training.context import STEP_PHASES, Beat
 
 TENSORBOARD_TAGS = {
     "loss": "train/loss",
@@ -31,6 +34,8 @@ TENSORBOARD_TAGS = {
     "eval_perplexity": "evaluation/perplexity",
 }
 """Key in metrics.jsonl -> TensorBoard tag."""
+_PLANNED = {"step": "performance/step_seconds_planned", "memory": "performance/memory_bytes_planned"}
+"""What the plan says, drawn beside what is measured."""
 
 
 class Throughput:
@@ -57,6 +62,26 @@ class Throughput:
         samples, steps, seconds = self._samples, self._steps, self._seconds
         self._samples, self._steps, self._seconds = 0, 0, 0.0
         return (samples / seconds, seconds / steps) if steps and seconds > 0 else (math.nan, math.nan)
+
+
+class PhaseSeconds:
+    """Seconds of each phase of a step, between two readings."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+        self._steps = 0
+
+    def read(self, beat: Beat) -> dict[str, float]:
+        """Seconds a step since the last reading; empty when no step was made."""
+        steps, spent = beat.steps_made - self._steps, beat.spent
+        if steps < 1:
+            return {}
+        phases = {
+            phase.value: (spent.get(phase.value, 0.0) - self._spent.get(phase.value, 0.0)) / steps
+            for phase in STEP_PHASES
+        }
+        self._spent, self._steps = dict(spent), beat.steps_made
+        return phases
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -89,6 +114,8 @@ class Monitor:
         if device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(device), plan.recipe.training.precision)
             self._peak_flops = None if peak is None else peak * plan.layout.world_size
+        self._phases = PhaseSeconds()
+        self._planned: dict[str, float | None] = {**planned_seconds(plan), "memory": planned_memory(plan)}
         self._writer = self._open_writer(run_directory.tensorboard, step) if plan.recipe.logging.tensorboard else None
 
     def _drop_after(self, step: int) -> None:
@@ -126,10 +153,15 @@ class Monitor:
         for summary in hparams(values, {TENSORBOARD_TAGS["eval_loss"]: 0, TENSORBOARD_TAGS["loss"]: 0}):
             writer.file_writer.add_summary(summary)
 
-    def rates(self, throughput: Throughput) -> dict[str, float]:
-        """Tokens, samples and model FLOPs per second since the last reading; MFU where the device's peak is known."""
+    def rates(self, throughput: Throughput, beat: Beat) -> dict[str, Any]:
+        """Tokens, samples and model FLOPs per second since the last reading; MFU where the device's peak is known.
+
+        And the seconds of each phase of a step, on this rank's host: on a GPU, whose work runs behind the host's, a
+        phase can hold the time of an earlier one, and only their sum is exact.
+        """
         samples_per_second, step_seconds = throughput.read()
-        rates = {
+        rates: dict[str, Any] = {
+            "phase_seconds": self._phases.read(beat),
             "tokens_per_second": samples_per_second * self.tokens_per_sample,
             "samples_per_second": samples_per_second,
             "step_seconds": step_seconds,
@@ -152,13 +184,26 @@ class Monitor:
         }
         append_json_line(self.path, record)
         if self._writer is not None:
-            for key, tag in TENSORBOARD_TAGS.items():
-                if values.get(key) is not None:
-                    self._writer.add_scalar(tag, values[key], step)
-            for key in values.keys() - TENSORBOARD_TAGS.keys():
-                if key.startswith("eval_") and key != "eval_targets":
-                    self._writer.add_scalar(f"evaluation/{key.removeprefix('eval_')}", values[key], step)
+            for tag, value in self._scalars(values):
+                self._writer.add_scalar(tag, value, step)
         return record
+
+    def _scalars(self, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+        for key, tag in TENSORBOARD_TAGS.items():
+            if values.get(key) is not None:
+                yield tag, values[key]
+        for key in values.keys() - TENSORBOARD_TAGS.keys():
+            if key.startswith("eval_") and key != "eval_targets":
+                yield f"evaluation/{key.removeprefix('eval_')}", values[key]
+        for phase, seconds in values.get("phase_seconds", {}).items():
+            yield f"phases/{phase}_seconds", seconds
+            if self._planned.get(phase) is not None:
+                yield f"phases/{phase}_seconds_planned", self._planned[phase] or 0.0
+        if "step_seconds" in values:
+            for name, tag in _PLANNED.items():
+                planned = self._planned.get(name)
+                if planned is not None:
+                    yield tag, planned
 
     def record_texts(self, step: int, texts: dict[str, str]) -> None:
         """Write generated samples, continuation by prompt."""

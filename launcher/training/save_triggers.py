@@ -37,9 +37,12 @@ class SaveTriggers:
         """Why a save is due."""
         return "interval" if self._request is None else "request"
 
-    def ended(self, step: int, *, saved: bool) -> None:
-        """A save at this step, whatever its reason, has succeeded or failed."""
+    def begun(self) -> None:
+        """A save, whatever its reason, has begun."""
         self._last = self._clock()
-        if self._request is not None:
+
+    def ended(self, step: int, reason: str, *, saved: bool) -> None:
+        """A save at this step has succeeded or failed."""
+        if self._request is not None and reason != "interval":
             self._inbox.answer(Answer(self._request, step, saved))
             self._request = None

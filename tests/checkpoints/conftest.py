@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from launcher.checkpoints import folders
-from launcher.checkpoints.files import HashedFile
+from launcher.checkpoints.disk import HashedFile
+from launcher.checkpoints.files import record_of
 from launcher.checkpoints.manifest import Manifest, RankManifest
 from launcher.planning.layout import BatchPlan, Layout
 from launcher.recipe.loading import recipe_hash
@@ -74,7 +75,7 @@ def checkpoint_in(checkpoints: Path, step: int, size: int = 20_000, **changes: A
 
 
 def write(path: Path, content: bytes, rank: int) -> dict[str, Any]:
-    file = HashedFile(path, rank)
+    file = HashedFile(path)
     with file:
         file.write(content)
-    return {path.name: file.record}
+    return {path.name: record_of(file, rank)}

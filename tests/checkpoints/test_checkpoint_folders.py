@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from launcher.checkpoints import folders
+from launcher.checkpoints.disk import HashedFile
 from launcher.checkpoints.faults import SWITCH
-from launcher.checkpoints.files import HashedFile, file_hash, path_inside
+from launcher.checkpoints.files import file_hash, path_inside
 from launcher.checkpoints.manifest import MANIFEST_NAME, RankManifest, VersionError, faults_of, read_manifest
 from launcher.errors import CheckpointError
 from tests.checkpoints.conftest import MakeCheckpoint, manifest_of
@@ -180,7 +181,7 @@ def test_large_writes_are_hashed_whole(tmp_path: Path) -> None:
     with file:
         assert file.write(memoryview(content)) == len(content)
     assert (tmp_path / "large").read_bytes() == content
-    assert (file.record.size, file.record.xxh3_128) == (len(content), file_hash(tmp_path / "large"))
+    assert (file.size, file.xxh3_128) == (len(content), file_hash(tmp_path / "large"))
 
 
 def delete_until_killed(folder: Path, switch: str) -> None:

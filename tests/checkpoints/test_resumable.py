@@ -136,3 +136,12 @@ def test_the_global_batch_is_kept_by_accumulation() -> None:
 def test_a_batch_that_the_recipe_changed_is_meant() -> None:
     plan = plan_with(training={"global_batch_size": 16})
     assert with_batch_of(saved_with(), plan) is plan
+
+
+def test_an_adapter_continues_in_its_own_layout() -> None:
+    recipe = recipe_with(training={"global_batch_size": 8, "precision": "fp32"}, model={"config": MODEL})
+    recipe = Recipe.model_validate({**recipe.model_dump(mode="json"), "adapter": {"method": "lora"}})
+    plan = make_plan(recipe, Resources(workers_per_node=4))
+    text = refusal(saved_with(recipe=recipe), plan)
+    assert "world_size: 2 in the checkpoint, 4 now" in text
+    assert "an adapter's checkpoint is continued in its own layout" in text

@@ -111,3 +111,9 @@ def test_offload_to_nvme_is_not_proved(make_recipe: MakeRecipe) -> None:
     nvme = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}}}
     recipe = make_recipe({"zero.stage": 3, "deepspeed.overrides": nvme})
     refused(recipe, "zero.offload_optimizer: is nvme, where no test of ours has offloaded anything; set it to cpu")
+
+
+def test_experts_that_do_not_divide(make_recipe: MakeRecipe) -> None:
+    mixtral = {"model.config.model_type": "mixtral", "model.config.num_local_experts": 6}
+    recipe = make_recipe({**mixtral, "parallel.expert_parallel_size": 4})
+    refused(recipe, "parallel.expert_parallel_size: 4 does not divide the model's 6 experts; sizes that do: 1, 2, 3, 6")

@@ -48,3 +48,14 @@ def test_plans_and_searches_are_timed_and_import_nothing_heavy() -> None:
     assert {"plan 405B, 16,384 GPUs", "search 70B, 1,024 GPUs"} <= set(found)
     assert len(found) >= 8
     assert {facts["heavy"] for facts in found.values()} == {"[]"}
+
+
+@pytest.mark.distributed
+def test_every_way_of_saving_is_measured() -> None:
+    command = [sys.executable, "benchmarks/checkpoint.py", "--megabytes", "4", "--rounds", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result["arms"]) == {"ours_asynchronous", "ours_synchronous", "deepspeed", "dcp", "dcp_asynchronous"}
+    assert all(figures["blocked"]["median"] > 0 for figures in result["arms"].values())
+    assert [len(load["told"]) for load in result["loads"].values()] == [0, 2, 0], "converted once"

@@ -2,10 +2,13 @@
 
 import ctypes
 import os
+import signal
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -15,7 +18,7 @@ from launcher.models.parallel import whole_logits
 from launcher.models.sequence import whole_sequences
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory
-from launcher.training.context import Heartbeat, WorkerContext
+from launcher.training.context import Heartbeat, Phase, WorkerContext
 from launcher.training.engine import check_precision
 from launcher.training.loop import open_session, train
 
@@ -175,3 +178,34 @@ def watch_losses(run_directory: str, losses: list[float], **settings: Any) -> di
     except NumericError as error:
         return {"step": len(losses) + 1, "text": str(error)}
     return {"step": None, "text": ""}
+
+
+def run_with_held_writer(run_directory: str, data: str, hold_at: int, release_at: int | None) -> dict[str, Any]:
+    """Train, and hold the process that writes checkpoints as a slow disk would.
+
+    Args:
+        run_directory: of the run.
+        data: folder of the prepared data.
+        hold_at: the process is stopped before the save of this step.
+        release_at: it goes on before the save of this step; None: half a second later.
+    """
+    plan = Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
+    context = _context(run_directory)
+    heartbeat, enter = context.heartbeat, context.heartbeat.enter
+
+    def send(number: int) -> None:
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    def watching(phase: Any) -> None:
+        if phase == Phase.SAVE and heartbeat.step == hold_at:
+            send(signal.SIGSTOP)
+            if release_at is None:
+                threading.Timer(0.5, send, [signal.SIGCONT]).start()
+        if phase == Phase.SAVE and heartbeat.step == release_at:
+            send(signal.SIGCONT)
+        enter(phase)
+
+    heartbeat.enter = watching  # type: ignore[method-assign]
+    result = train(plan, context, PreparedData.load(Path(data)), torch.device("cpu"))
+    return {**asdict(result), "notices": heartbeat.read().notices}

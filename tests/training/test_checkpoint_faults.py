@@ -177,13 +177,21 @@ def on_disk(directory: RunDirectory, disk: Path) -> None:
     directory.checkpoints.symlink_to(disk)
 
 
+@pytest.mark.parametrize(("asynchronous", "last_step"), [("true", 8), ("false", 6)])
 def test_a_full_disk_fails_saves_but_not_the_training_until_too_many(
-    fork_server: ForkServer, make_run: MakeRun, prepared: PreparedData, mounted: Callable[[str], Path]
+    asynchronous: str,
+    last_step: int,
+    fork_server: ForkServer,
+    make_run: MakeRun,
+    prepared: PreparedData,
+    mounted: Callable[[str], Path],
 ) -> None:
+    """How the third save beside the training ended is known when the fourth would begin."""
     disk = mounted("size=2400k")
     ballast = disk / "ballast"
     ballast.write_bytes(b"x" * 2_000_000)
-    directory, _ = make_run("max_steps=20", "save_steps=2", "checkpoint.max_failed_saves=2")
+    settings = ("max_steps=20", "save_steps=2", "checkpoint.max_failed_saves=2")
+    directory, _ = make_run(*settings, f"asynchronous={asynchronous}")
     on_disk(directory, disk)
     outcomes = fork_server.run(2, "cases:run", run_directory=str(directory.path), data=str(prepared.directory))
     for outcome in outcomes:
@@ -191,7 +199,7 @@ def test_a_full_disk_fails_saves_but_not_the_training_until_too_many(
         assert "checkpoint at step 6 cannot be written" in outcome["message"]
         assert "No space left on device" in outcome["message"]
         assert "MiB free there" in outcome["message"]
-    assert max(losses(directory)) == 6
+    assert max(losses(directory)) == last_step
     assert {path.name for path in disk.iterdir()} == {"ballast"}, "what could not be finished is removed"
     ballast.unlink()
     results = fork_server.results(2, "cases:run", run_directory=str(directory.path), data=str(prepared.directory))

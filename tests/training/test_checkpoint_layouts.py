@@ -119,3 +119,47 @@ def test_another_layout_continues_the_same_run(
     check_same(directory, whole)
     needed = not ({old[1], new[1]} == {0} or (old[0] == new[0] and {old[1], new[1]} <= {1, 2}))
     assert [notice.split()[0] for notice in results[0]["notices"]] == ["converting", "converted"] * needed
+
+
+@pytest.mark.parametrize(("old", "new"), [((2, 1), (1, 3)), ((2, 3), (1, 2))], ids=["1-to-3", "3-to-2"])
+def test_16_bit_weights_continue_from_their_fp32_copies(
+    old: tuple[int, int], new: tuple[int, int], runs: Runs, tmp_path: Path
+) -> None:
+    """Of the uninterrupted run in bf16 at the new size the losses differ by what rounding differs there anyway."""
+    precision = "precision=bf16"
+    uninterrupted = RunDirectory.at(tmp_path / "whole")
+    runs.train(uninterrupted, *new, precision)
+    directory = runs.copy(runs.saved(*old, precision), tmp_path / "run")
+    runs.train(directory, *new, precision)
+    check_same(directory, uninterrupted, tolerance=5e-3)
+
+
+def test_a_chain_of_sizes(runs: Runs, whole: RunDirectory, tmp_path: Path) -> None:
+    """4 workers, then 2, 1, 3 and 4 again, each time from what the one before saved."""
+    directory = RunDirectory.at(tmp_path / "run")
+    for workers, stage, until in [(4, 1, 2), (2, 3, 5), (1, 2, 8), (3, 3, 11), (4, 2, None)]:
+        (result, *_) = runs.train(directory, workers, stage, until=until)
+        assert result["status"] == ("stopped" if until else "complete")
+    check_same(directory, whole)
+
+
+@pytest.mark.parametrize(("on_change", "first"), [("continue", 12 * SAVED_AT), ("restart", 0)])
+def test_other_data_is_continued_or_begun(
+    on_change: str, first: int, runs: Runs, prepared: PreparedData, tmp_path: Path
+) -> None:
+    """The same recipe with packing off is other data; where it is taken up is seen from what was trained on."""
+    from launcher.data.prepare import prepare
+
+    changes = ("data.packing=none", f"data.on_change={on_change}")
+    other = prepare(load_recipe(runs.recipe, [*SETTINGS, *changes]), progress=False)
+    assert other.fingerprint != prepared.fingerprint
+    directory = runs.copy(runs.saved(1, 2), tmp_path / "run")
+    data = Runs(runs.folder, runs.fork_server, runs.recipe, other.directory)
+    (result,) = data.train(directory, 1, 2, *changes, "max_steps=7")
+    assert result["consumed_samples"] == first + 2 * 12
+    alone = RunDirectory.at(tmp_path / "alone")
+    data.train(alone, 1, 2, *changes, "max_steps=7")
+    trained = [record["sample_ids"] for record in read_json_lines(directory.logs / "samples_00000.jsonl")[-2:]]
+    expected = [record["sample_ids"] for record in read_json_lines(alone.logs / "samples_00000.jsonl")]
+    begin = first // 12
+    assert trained == expected[begin : begin + 2]

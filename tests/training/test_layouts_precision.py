@@ -3,18 +3,25 @@
 bf16 has 8 significant bits, fp16 has 11: one rounding is off by up to 0.4 % and 0.05 %. Losses are near 5.
 """
 
-import pytest
+from pathlib import Path
 
+import pytest
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+from launcher.checkpoints import folders
+from launcher.training.checkpoint_files import read_state
 from tests.support.equality import Equality, RanksOf
 from tests.support.ranks import Ranks
 
 BF16 = {"loss": 2e-2, "norm": 5e-2}
+FP16 = {"loss": 2e-3, "norm": 1e-2}
 SIXTEEN_BITS = {
     "zero 1": ("zero.stage=1",),
     "zero 2": ("zero.stage=2",),
     "zero 3": ("zero.stage=3",),
     "tensor": ("tensor_parallel_size=2", "zero.stage=1"),
     "sequence": ("sequence_parallel_size=2", "zero.stage=2"),
+    "pipeline": ("pipeline_parallel_size=2", "zero.stage=1"),
 }
 
 
@@ -26,12 +33,30 @@ def test_bf16(layout: str, ranks_of: RanksOf, equality: Equality) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_with_a_loss_scale_that_grows(
+    stage: int, ranks_of: RanksOf, equality: Equality, fp16_on_any_cpu: None
+) -> None:
+    scale = "deepspeed.overrides={fp16: {initial_scale_power: 8, loss_scale_window: 5}}"
+    directory, _ = equality.check(ranks_of(2), "precision=fp16", f"zero.stage={stage}", scale, **FP16)
+    # It doubles after 5, 10 and 15 steps.
+    assert _loss_scale(folders.complete(directory.checkpoints)[-1]) == 2.0**11
+
+
+@pytest.mark.distributed
 def test_fp16_is_refused_where_the_processor_does_not_compute_in_it(one_rank: Ranks) -> None:
     refused = one_rank.call("cases:refusal_of_precision", precision="fp16", supported=False)[0]
     assert refused == (
         "recipe: 1 problem\n  training.precision: this processor does not compute in fp16; set it to fp32 or bf16"
     )
     assert one_rank.call("cases:refusal_of_precision", precision="fp16", supported=True) == [None]
+
+
+def _loss_scale(checkpoint: Path) -> float:
+    state = read_state(next(checkpoint.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")))["optimizer_state_dict"]
+    scaler = state["loss_scaler"]
+    assert isinstance(scaler, DynamicLossScaler)
+    return float(scaler.cur_scale)
 
 
 OFFLOADS = {

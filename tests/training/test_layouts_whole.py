@@ -28,6 +28,8 @@ LAYOUTS = {
     "pipeline tied": ("pipeline_parallel_size=2", "zero.stage=1"),
     "pipeline tensor": ("pipeline_parallel_size=2", "tensor_parallel_size=2", "zero.stage=1"),
     "pipeline tensor tied": ("pipeline_parallel_size=2", "tensor_parallel_size=2", "zero.stage=1"),
+    "expert ZeRO 1": ("expert_parallel_size=2", "zero.stage=1"),
+    "expert ZeRO 2": ("expert_parallel_size=2", "zero.stage=2"),
 }
 
 

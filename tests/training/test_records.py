@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from launcher.checkpoints import folders
 from launcher.data.store import PreparedData
+from launcher.planning.measured import planned_memory, planned_seconds
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory, read_json_lines
 from launcher.training.export import export_checkpoint
@@ -21,7 +22,7 @@ MakeRun = Callable[..., tuple[RunDirectory, Plan]]
 
 @pytest.mark.distributed
 def test_tensorboard_reads_what_was_written(two_ranks: Ranks, make_run: MakeRun, prepared: PreparedData) -> None:
-    directory, _ = make_run(
+    directory, plan = make_run(
         "max_steps=6", "eval_steps=3", "logging.tensorboard=true", 'evaluation.generate.prompts=["def "]'
     )
     two_ranks.call("cases:run", run_directory=str(directory.path), data=str(prepared.directory))
@@ -39,6 +40,19 @@ def test_tensorboard_reads_what_was_written(two_ranks: Ranks, make_run: MakeRun,
         scalars = events.Scalars(tag)
         assert [event.step for event in scalars] == [1, 2, 3, 4, 5, 6], tag
         assert [event.value for event in scalars] == pytest.approx([logged[s][key] for s in range(1, 7)], rel=1e-6), tag
+    assert plan.step is not None
+    planned = {
+        "performance/step_seconds_planned": plan.step.seconds,
+        "performance/memory_bytes_planned": planned_memory(plan),
+        "phases/backward_seconds_planned": planned_seconds(plan)["backward"],
+    }
+    for tag, value in planned.items():
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx([value] * 6, rel=1e-6), tag
+    for phase in ("data", "forward", "agree", "backward", "optimizer"):
+        measured = [logged[step]["phase_seconds"][phase] for step in range(1, 7)]
+        assert all(seconds > 0 for seconds in measured), phase
+        scalars = events.Scalars(f"phases/{phase}_seconds")
+        assert [event.value for event in scalars] == pytest.approx(measured, rel=1e-6)
     evaluations = [record for record in read_json_lines(directory.metrics) if "eval_loss" in record]
     assert [event.step for event in events.Scalars("evaluation/loss")] == [3, 6]
     assert [e.value for e in events.Scalars("evaluation/loss")] == pytest.approx([e["eval_loss"] for e in evaluations])

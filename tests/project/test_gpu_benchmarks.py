@@ -1,0 +1,58 @@
+"""The benchmarks of a GPU: their path runs on a CPU with small models, and without a GPU they refuse to measure one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted((ROOT / "benchmarks" / "gpu").glob("[!h]*.py"))
+
+
+def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_without_a_gpu_there_is_nothing_to_measure(script: Path) -> None:
+    assert len(SCRIPTS) >= 2
+    done = run(script)
+    assert done.returncode == 2
+    assert done.stderr.endswith("with a small model, and its figures mean nothing.\n")
+    assert done.stdout == ""
+
+
+def results(script: str, *arguments: str) -> list[dict[str, Any]]:
+    done = run(ROOT / "benchmarks" / "gpu" / script, *arguments, "--tiny", "--json")
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout[done.stdout.index("[\n") :])
+    return found
+
+
+@pytest.mark.distributed
+def test_the_path_of_the_throughput_cases_runs() -> None:
+    found = results("throughput.py", "pretrain", "offload", "--steps", "1", "--warm-up", "1")
+    assert [result["name"] for result in found] == ["pretrain", "offload"]
+    for result in found:
+        assert result["tokens_per_second"] > 0
+        assert result["mfu"] is None  # a CPU's peak is not known
+        assert result["planned_bytes"] > 0
+
+
+@pytest.mark.distributed
+def test_the_path_of_the_memory_table_runs() -> None:
+    found = results("memory.py")
+    assert len(found) == 2
+    assert all(result["planned_bytes"] > 0 for result in found)
+
+
+def test_an_unknown_case_is_named() -> None:
+    done = run(ROOT / "benchmarks" / "gpu" / "throughput.py", "pretrian")
+    assert done.returncode == 2
+    assert "no case is named pretrian; there are pretrain, lora, full, offload, long" in done.stderr
