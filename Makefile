@@ -1,5 +1,6 @@
 # make quickstart   install, then pretrain a small language model on this machine
-# make test         install, then run the tests
+# make test         install, then run the tests: all of them, but of a matrix of layouts only a part
+# make test-all     the same with every cell
 # make check        style, types and floors, then the tests; coverage is measured and has a floor
 
 VENV := .venv
@@ -24,7 +25,7 @@ if ! $$found -c 'import ensurepip, venv' 2>/dev/null; then \
 fi
 endef
 
-.PHONY: install quickstart test check lint clean help
+.PHONY: install quickstart test test-all check lint clean help
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -45,7 +46,10 @@ quickstart: install
 	$(BIN)/zerofleet run quickstart
 
 test: install
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+
+test-all: install
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --exhaustive
 
 lint: install
 	$(BIN)/ruff check

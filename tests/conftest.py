@@ -1,6 +1,7 @@
 """Fixtures and rules that every test sees."""
 
 import os
+from collections import Counter
 from collections.abc import Generator
 from typing import TypeVar
 
@@ -10,6 +11,38 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 _HARDWARE = "hardware:"
 """How the reason of a skip begins when the machine lacks a device (a GPU, say): the only skip that CI accepts."""
+
+EVERY = 4
+"""Of the cells of a matrix, a test run takes the first and every fourth after it."""
+
+_CLUSTERS = ("tests/jobs/", "tests/orchestration/", "tests/project/test_benchmarks", "tests/project/test_documents")
+"""Tests that start Ray or Slurm, and look whether all of its processes are gone: not two of them at a time."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Say how to run every cell."""
+    parser.addoption("--exhaustive", action="store_true", help="run every cell of the matrices, not a part of them")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out cells of matrices, and tell two processes of xdist which tests each of them runs."""
+    if not config.getoption("exhaustive"):
+        seen: Counter[str] = Counter()
+        left_out = []
+        for item in list(items):
+            if item.get_closest_marker("matrix") is None:
+                continue
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % EVERY:
+                left_out.append(item)
+            seen[test] += 1
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+    for item in items:
+        # One process waits for clusters while the other computes.
+        clusters = item.nodeid.startswith(_CLUSTERS)
+        item.add_marker(pytest.mark.xdist_group("clusters" if clusters else "others"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -15,6 +15,8 @@ from launcher.planning.families import FAMILIES, list_parameters
 from tests.support.live_storages import LiveStorages
 from tests.support.small_models import small
 
+pytestmark = pytest.mark.matrix
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH, LENGTH = 2, 32
 PLAIN = ActivationSettings("bf16", BATCH, LENGTH, device="cpu")

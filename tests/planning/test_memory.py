@@ -19,6 +19,8 @@ from launcher.planning.plan import Plan, make_plan
 from launcher.recipe.schema import Recipe
 from tests.support.small_models import small
 
+pytestmark = pytest.mark.matrix
+
 MakeRecipe = Callable[..., Recipe]
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,6 +16,8 @@ from launcher.training.export import export_checkpoint
 from tests.support.ranks import Ranks
 from tests.training.task_runs import STDLIB, run_of, write_recipe
 
+pytestmark = pytest.mark.matrix
+
 METHODS = ["lora", "rslora", "dora", "ia3", "prefix_tuning", "prompt_tuning", "p_tuning"]
 PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
 

@@ -16,7 +16,7 @@ from launcher.run_directory import RunDirectory, read_json_lines
 from launcher.submit import write_run
 from tests.support.forked import ForkServer
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.matrix]
 
 SETTINGS = (
     "max_steps=15",

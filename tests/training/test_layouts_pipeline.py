@@ -4,6 +4,8 @@ import pytest
 
 from tests.support.equality import Equality, RanksOf
 
+pytestmark = pytest.mark.matrix
+
 FAMILIES = {
     "mistral": {"sliding_window": 8},
     "qwen2": {"tie_word_embeddings": True},

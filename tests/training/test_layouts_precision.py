@@ -13,6 +13,8 @@ from launcher.training.checkpoint_files import read_state
 from tests.support.equality import Equality, RanksOf
 from tests.support.ranks import Ranks
 
+pytestmark = pytest.mark.matrix
+
 BF16 = {"loss": 2e-2, "norm": 5e-2}
 FP16 = {"loss": 2e-3, "norm": 1e-2}
 SIXTEEN_BITS = {

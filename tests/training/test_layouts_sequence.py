@@ -7,6 +7,8 @@ import pytest
 
 from tests.support.equality import Equality, RanksOf
 
+pytestmark = pytest.mark.matrix
+
 SGD = ("optimizer.type=sgd", "max_grad_norm=0", "learning_rate=0.05")
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from tests.support.equality import Equality, RanksOf
 
+pytestmark = pytest.mark.matrix
+
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

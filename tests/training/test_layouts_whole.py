@@ -15,6 +15,8 @@ from launcher.run_directory import RunDirectory, read_json_lines
 from launcher.training.export import export_checkpoint
 from tests.support.equality import STEPS, Equality, RanksOf
 
+pytestmark = pytest.mark.matrix
+
 MakeRun = Callable[..., tuple[RunDirectory, Plan]]
 
 IDS = [[5, 9, 200, 3, 77, 150, 8, 1]]

@@ -10,6 +10,8 @@ from launcher.run_directory import RunDirectory
 from tests.support.equality import Equality, RanksOf
 from tests.support.ranks import Ranks
 
+pytestmark = pytest.mark.matrix
+
 MakeRun = Callable[..., tuple[RunDirectory, Plan]]
 
 

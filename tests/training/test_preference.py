@@ -17,6 +17,8 @@ from launcher.tasks import make_task
 from tests.support.ranks import Ranks
 from tests.training.task_runs import STDLIB, run_of, write_recipe
 
+pytestmark = pytest.mark.matrix
+
 
 def pairs() -> list[dict[str, str]]:
     """A function's head, its true docstring, and that of another function."""

@@ -20,6 +20,8 @@ from tests.support.forked import ForkServer
 from tests.support.ranks import Ranks
 from tests.training.task_runs import BERT, STDLIB, run_of, write_recipe
 
+pytestmark = pytest.mark.matrix
+
 TOKENIZER = {"train": {"vocab_size": 400}}
 
 

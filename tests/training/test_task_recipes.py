@@ -17,6 +17,8 @@ from launcher.submit import write_run
 from launcher.tasks.masked_lm import NO_WORD
 from tests.support.ranks import Ranks
 
+pytestmark = pytest.mark.matrix
+
 
 def unigram(prepared: PreparedData, field: str, counted: Callable[[Any], Any]) -> float:
     """Nats a target of a model that knows only how often each token is one (Laplace smoothing), on held-out data."""
