@@ -26,23 +26,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out cells of matrices, and tell two processes of xdist which tests each of them runs."""
-    if not config.getoption("exhaustive"):
-        seen: Counter[str] = Counter()
-        left_out = []
-        for item in list(items):
-            if item.get_closest_marker("matrix") is None:
-                continue
-            test = item.nodeid.partition("[")[0]
-            if seen[test] % EVERY:
-                left_out.append(item)
-            seen[test] += 1
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    """Leave out cells of matrices."""
+    if config.getoption("exhaustive"):
+        return
+    seen: Counter[str] = Counter()
+    left_out = set()
     for item in items:
-        # One process waits for clusters while the other computes.
-        clusters = item.nodeid.startswith(_CLUSTERS)
-        item.add_marker(pytest.mark.xdist_group("clusters" if clusters else "others"))
+        test = item.nodeid.partition("[")[0]
+        if item.get_closest_marker("matrix") is not None and seen[test] % EVERY:
+            left_out.add(item)
+        seen[test] += 1
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Tell two processes of xdist which tests each of them runs: one waits for clusters while the other computes."""
+    clusters = item.nodeid.startswith(_CLUSTERS)
+    item.add_marker(pytest.mark.xdist_group("clusters" if clusters else "others"))
 
 
 @pytest.hookimpl(wrapper=True)
