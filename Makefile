@@ -46,10 +46,10 @@ quickstart: install
 	$(BIN)/zerofleet run quickstart
 
 test: install
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadscope --cov --cov-report=term --cov-fail-under=$(COVERAGE)
 
 test-all: install
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --exhaustive
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadscope --exhaustive
 
 lint: install
 	$(BIN)/ruff check

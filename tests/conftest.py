@@ -6,6 +6,8 @@ from collections.abc import Generator
 from typing import TypeVar
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
@@ -40,10 +42,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tell two processes of xdist which tests each of them runs: one waits for clusters while the other computes."""
-    clusters = item.nodeid.startswith(_CLUSTERS)
-    item.add_marker(pytest.mark.xdist_group("clusters" if clusters else "others"))
+class TwoGroups(LoadScopeScheduling):
+    """One process waits for clusters while the other computes."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "clusters" if nodeid.startswith(_CLUSTERS) else "others"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> TwoGroups:
+    """Tell processes of xdist which tests each of them runs."""
+    return TwoGroups(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
