@@ -98,7 +98,7 @@ def run(plan: Plan) -> dict[str, int]:
     """Measure after the first forward pass of the second step, and after its backward pass."""
     before = all_live()
     engine = build_engine(plan, build_model(plan, AutoModelForCausalLM), max_steps=4)
-    task = CausalLanguageModelling(plan)
+    task = CausalLanguageModelling(plan, {})
     accumulation = plan.batch.gradient_accumulation_steps
     place = plan.layout.coordinates(int(os.environ["RANK"]))
     cut = own_part(lambda _: two_documents(plan), plan.layout, place)
