@@ -95,6 +95,7 @@ WRITER = """
 import json, sys
 from dataclasses import asdict, replace
 from cluster import registry
+from cluster.types import JobRecord
 values = json.loads(sys.argv[1])
 record = JobRecord(**{**values, "argv": tuple(values["argv"])})
 for _ in range(25):
