@@ -14,7 +14,7 @@ from launcher.errors import CheckpointError
 from launcher.training.upstream import loading_only_data
 
 
-class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
+class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # deepspeed has no types
     """DeepSpeed's checkpoint engine, whose `save` it calls once a file and whose `load` once a file it needs.
 
     An error of the disk is kept in `errors` instead of raised: DeepSpeed ends a save with a barrier, at which the other

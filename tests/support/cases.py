@@ -37,7 +37,7 @@ def _stop_at(context: WorkerContext, step: int) -> None:
             context.stop.set()
         enter(phase)
 
-    heartbeat.enter = watching  # type: ignore[method-assign]
+    heartbeat.enter = watching  # type: ignore[method-assign]  # watched from here
 
 
 def logits(run_directory: str, data: str, input_ids: list[list[int]]) -> list[Any]:
