@@ -8,8 +8,6 @@ to it.
     python benchmarks/command_time.py [--rounds 7] [--json]
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from typing import Any
 import common
 from common import BIN, Spread
 
+from cluster import registry
 from cluster.types import JobRecord
 
 PEER = "python, the libraries"
@@ -43,8 +42,7 @@ def arms() -> dict[str, list[str]]:
 
 def fill(folder: Path) -> dict[str, str]:
     """Make a registry of ended jobs and a `squeue` that knows none; returns the environment that sees both."""
-    registry = folder / "state" / "zerofleet" / "jobs"
-    registry.mkdir(parents=True)
+    os.environ["XDG_STATE_HOME"] = str(folder)
     job = folder / "run" / "jobs" / "0001"
     (job / "starts" / "1").mkdir(parents=True)
     for index in range(RECORDS):
@@ -60,12 +58,12 @@ def fill(folder: Path) -> dict[str, str]:
             profile="slurm",
             nodes=2,
         )
-        (registry / f"job{index:05d}.json").write_text(json.dumps(asdict(record)))
+        registry.add(record)
     squeue = folder / "bin" / "squeue"
     squeue.parent.mkdir()
     squeue.write_text("#!/bin/sh\n")
     squeue.chmod(0o755)
-    return {**os.environ, "XDG_STATE_HOME": str(folder / "state"), "PATH": f"{squeue.parent}:{os.environ['PATH']}"}
+    return {**os.environ, "PATH": f"{squeue.parent}:{os.environ['PATH']}"}
 
 
 def cost(command: list[str], environment: dict[str, str]) -> dict[str, float]:
@@ -127,16 +125,8 @@ def print_table(result: dict[str, Any]) -> None:
 
 def main() -> int:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="print everything measured as JSON")
-    arguments = parser.parse_args()
-    result = measure(arguments.rounds)
-    if arguments.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_table(result)
-    return 0
+    arguments = common.command_line(__doc__).parse_args()
+    return common.show(measure(arguments.rounds), arguments, print_table)
 
 
 if __name__ == "__main__":

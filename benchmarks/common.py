@@ -1,5 +1,6 @@
 """What the benchmarks share: a recipe with its data and batches made ready beforehand, arms run one by one, medians."""
 
+import argparse
 import ctypes
 import json
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -328,3 +329,20 @@ def rotated(arms: Sequence[str], by: int) -> list[str]:
     """The arms in an order that gives each one each place in turn."""
     shift = by % len(arms)
     return [*arms[shift:], *arms[:shift]]
+
+
+def command_line(documentation: str | None) -> argparse.ArgumentParser:
+    """What every benchmark takes: the number of rounds, and whether to print JSON."""
+    parser = argparse.ArgumentParser(description=documentation.splitlines()[0] if documentation else None)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="print everything measured as JSON")
+    return parser
+
+
+def show(result: dict[str, Any], arguments: argparse.Namespace, print_table: Callable[[dict[str, Any]], None]) -> int:
+    """Print what was measured, as `--json` or as a table; returns the exit code."""
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_table(result)
+    return 0

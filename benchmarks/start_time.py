@@ -13,8 +13,6 @@ end is the time that rank 0 writes after its first step. Arms take turns; ratios
     python benchmarks/start_time.py [--rounds 7] [--json]
 """
 
-import argparse
-import json
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -102,19 +100,11 @@ def print_table(result: dict[str, Any]) -> None:
 
 def main() -> int:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="print everything measured as JSON")
-    arguments = parser.parse_args()
+    arguments = common.command_line(__doc__).parse_args()
     setting = Setting(
         steps=3, logging_steps=1, hidden_size=64, num_hidden_layers=2, sequence_length=64, micro_batch_size=2
     )
-    result = measure(setting, arguments.rounds)
-    if arguments.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_table(result)
-    return 0
+    return common.show(measure(setting, arguments.rounds), arguments, print_table)
 
 
 if __name__ == "__main__":

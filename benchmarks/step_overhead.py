@@ -10,7 +10,6 @@ each arm's rank 0 writes, so that logging counts.
 
 import argparse
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -117,8 +116,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 def main() -> int:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = common.command_line(__doc__)
     parser.add_argument("--steps", type=int, default=200, help="measured steps of each arm and round")
     parser.add_argument("--logging-steps", type=int, default=10)
     parser.add_argument("--hidden-size", type=int, default=256)
@@ -126,7 +124,6 @@ def main() -> int:
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--zero-stage", type=int, default=2, choices=(0, 1, 2))
-    parser.add_argument("--json", action="store_true", help="print everything measured as JSON")
     parser.add_argument("--two-ranks-of", metavar="JOB", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.two_ranks_of:
@@ -141,12 +138,7 @@ def main() -> int:
         micro_batch_size=arguments.micro_batch_size,
         zero_stage=arguments.zero_stage,
     )
-    result = measure(setting, arguments.rounds, warmup_steps)
-    if arguments.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_table(result)
-    return 0
+    return common.show(measure(setting, arguments.rounds, warmup_steps), arguments, print_table)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class NodeAgent:
 
     def play(self) -> Outcome:
         """The node's part."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of node has its own part
 
     def leave(self, outcome: Outcome) -> None:
         """What is to do when Ray has ended here."""

@@ -206,7 +206,7 @@ def _ask(url: str, method: str = "GET") -> Any:
     """
     request = urllib.request.Request(url, method=method, headers=_headers())  # noqa: S310 - http(s) by api_url
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310 - as above
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
         words = error.read().decode(errors="replace").strip().splitlines()

@@ -66,7 +66,7 @@ def records() -> list[JobRecord]:
     """All records, oldest first; files that are none are passed over."""
     folder = registry_folder()
     try:
-        names = [name for name in os.listdir(folder) if name.endswith(".json") and not name.startswith(".")]  # noqa: PTH208
+        names = [name for name in os.listdir(folder) if name.endswith(".json") and not name.startswith(".")]  # noqa: PTH208 - no Path a record
     except FileNotFoundError:
         return []
     found = (_read(folder / name) for name in names)

@@ -111,7 +111,7 @@ def _executor(request: JobRequest) -> Any:
     """
     from submitit.slurm.slurm import SlurmExecutor
 
-    class Executor(SlurmExecutor):  # type: ignore[misc]
+    class Executor(SlurmExecutor):  # type: ignore[misc]  # submitit has no types
         """Renders where Slurm is not installed, too."""
 
         @classmethod

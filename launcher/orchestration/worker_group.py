@@ -39,6 +39,8 @@ LEAVING_INTERVAL_S = 5.0
 """Between two questions which nodes are being drained."""
 PLACEMENT_TIMEOUT_S = 30.0
 """How long to wait for resources that the cluster has but that others hold at the moment."""
+GRACE_S = 5.0
+"""How long workers that have ended their training may take to end their process."""
 
 
 @dataclass(frozen=True)
@@ -336,10 +338,18 @@ class WorkerGroup:
             actor.request_stop.remote()
 
     def stop(self) -> None:
-        """End every rank now and free the placement group."""
+        """End every rank now and free the placement group.
+
+        Where all have ended their training they may leave as processes do, so that what they registered for their exit
+        is run (DeepSpeed's shared memory is freed, files are flushed). Else they are killed: they may hang in a
+        collective.
+        """
         if self.elastic is not None:  # who has not said how it ended may be on a node that is gone
             silent = [rank for rank in self._waits.values() if rank < len(self.placements)]
             self._doubtful |= {self.placements[rank]["node_id"] for rank in silent}
+        if self._actors and not self._waits:
+            leaving = [actor.__ray_terminate__.remote() for actor in self._actors]
+            ray.wait(leaving, num_returns=len(leaving), timeout=GRACE_S)
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         self._actors, self._waits, self._questions = [], {}, {}

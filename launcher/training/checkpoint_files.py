@@ -16,7 +16,7 @@ from launcher.training.host_memory import HostBuffer, HostFile
 from launcher.training.upstream import loading_only_data
 
 
-class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
+class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # deepspeed has no types
     """DeepSpeed's checkpoint engine, whose `save` it calls once a file and whose `load` once a file it needs.
 
     Files go to the disk at once or, when a save begins with a buffer, into host memory. An error of either is kept in

@@ -67,7 +67,7 @@ def broadcast(make: Callable[[], Value]) -> Value:
     """What rank 0 makes, on every rank; it must not raise, or the others would wait."""
     box = [make() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[return-value]
+    return box[0]  # type: ignore[return-value]  # typed as optional
 
 
 def all_gather(value: Value) -> list[Value]:

@@ -55,6 +55,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def appeared(cache: Path, pattern: str) -> bool:
+    """Whether a half-prepared folder holds such a file; a folder may go while it is looked through."""
+    try:
+        return any(cache.glob(f".*.partial/{pattern}"))
+    except FileNotFoundError:
+        return False
+
+
 def in_a_moment(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -70,7 +78,7 @@ def test_killed_at_every_stage_nothing_is_taken_for_whole_and_the_result_is_the_
     stages = ["scratch/*/text/**/*.arrow", "tokenizer/tokenizer.json", "train/*/tokens.npy", "*.npy"]
     for stage in stages:
         process = start(recipe)
-        in_a_moment(lambda stage=stage: any(cache.glob(f".*.partial/{stage}")), process)
+        in_a_moment(lambda stage=stage: appeared(cache, stage), process)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -112,7 +120,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do_and_leaves_nothing(
 
 def test_an_interrupted_preparation_cleans_up(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     process = start(make_recipe())
-    in_a_moment(lambda: any((tmp_path / "cache").glob(".*.partial/tokenizer/tokenizer.json")), process)
+    in_a_moment(lambda: appeared(tmp_path / "cache", "tokenizer/tokenizer.json"), process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0

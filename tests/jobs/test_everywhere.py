@@ -191,7 +191,7 @@ def test_ssh_and_a_record_that_is_lost(on_ssh: Life, zerofleet: Zerofleet, workp
     assert on_ssh.status["node_names"] == list(HOSTS)
     assert_phases(on_ssh.status, on_ssh.followed, zerofleet.ok("status", on_ssh.status["id"]))
     assert_nothing_left(on_ssh.run_directory)
-    record = workplace / "state" / "zerofleet" / "jobs" / f"{on_ssh.status['id']}.json"
+    record = workplace.joinpath("state", "zerofleet", "jobs", f"{on_ssh.status['id']}.json")
     before = record.read_text()
     record.unlink()
     assert zerofleet.run("status", on_ssh.status["id"])[0] == 2

@@ -197,7 +197,7 @@ def test_an_odd_head_width_is_refused_where_transformers_refuses_it(make_recipe:
 )
 def test_wrong_types_are_refused(make_recipe: MakeRecipe, field: str, value: Any, kind: str) -> None:
     recipe = make_recipe()
-    config = {**dict(recipe.model.config or {}), field: value}  # type: ignore[arg-type]
+    config = {**dict(recipe.model.config or {}), field: value}  # type: ignore[arg-type]  # never a path here
     changed = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
     assert problems_of(changed) == {f"model.config.{field}": f"{value!r} must be {kind}"}
     assert model_shape(config) is None

@@ -85,7 +85,7 @@ def _stop_at(context: WorkerContext, step: int) -> None:
             context.stop.set()
         enter(phase)
 
-    heartbeat.enter = watching  # type: ignore[method-assign]
+    heartbeat.enter = watching  # type: ignore[method-assign]  # watched from here
 
 
 def run_hidden(run_directory: str, data: str, rank: int, folder: str) -> dict[str, Any]:

@@ -87,12 +87,12 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print to stdout; only answers may go there
     sys.path.insert(0, str(SUPPORT))
-    import deepspeed  # noqa: F401
+    import deepspeed  # noqa: F401 - imported before the forks
     import transformers.models.llama.modeling_llama
-    import transformers.optimization  # noqa: F401
+    import transformers.optimization  # noqa: F401 - imported before the forks
 
     import launcher.training.checkpoint
-    import launcher.training.entry  # noqa: F401
+    import launcher.training.entry  # noqa: F401 - imported before the forks
 
     gc.collect()
     gc.freeze()  # or each rank's first collection would copy every page that it shares with this process

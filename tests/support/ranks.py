@@ -4,6 +4,7 @@ Each rank is this file run as a program; it takes one JSON request a line (`{"ca
 {...}}`) and answers with one JSON line. The functions stand in `tests/support/cases.py`.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 SUPPORT = Path(__file__).parent
 ANSWER = "@answer "
+LEAVE_S = 10
 
 
 class Ranks:
@@ -92,14 +94,17 @@ class Ranks:
         return {"error": f"ended with {self.processes[rank].wait()}: {self.logs[rank].read_text()[-3000:]}"}
 
     def close(self) -> None:
-        """End every rank, by pid."""
+        """End every rank: by closing its stdin, so that coverage is written, and if it does not go, by pid."""
         for process in self.processes:
-            if process.poll() is None:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(LEAVE_S)
+            except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    stream.close()
+                process.wait()
+            process.stdout.close()
         self.processes = []
 
 
