@@ -27,8 +27,8 @@ def adversarial_loss(loss: Loss, section: AdversarialSection) -> Loss:
     def together(model: Any, batch: Batch) -> LossOutput:
         if not model.training:
             return loss(model, batch)
-        # One loss alone passes through the engine: DeepSpeed takes any backward pass of what its forward gave out, one to
-        # the inputs too, for the step's own (`runtime/base_optimizer.py: _run_post_backward`).
+        # One loss alone passes through the engine: DeepSpeed takes any backward pass of what its forward gave out, one
+        # to the inputs too, for the step's own (`runtime/base_optimizer.py: _run_post_backward`).
         engine, model = model, getattr(model, "module", model)
         with torch.random.fork_rng(devices=_devices(batch)):
             with _recorded(model) as inputs:
