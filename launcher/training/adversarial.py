@@ -27,9 +27,14 @@ def adversarial_loss(loss: Loss, section: AdversarialSection) -> Loss:
     def together(model: Any, batch: Batch) -> LossOutput:
         if not model.training:
             return loss(model, batch)
-        with _recorded(model) as inputs:
-            clean = loss(model, batch)
-        (gradient,) = torch.autograd.grad(clean.loss_sum, inputs, retain_graph=True)
+        # One loss alone passes through the engine: DeepSpeed takes any backward pass of what its forward gave out, one
+        # to the inputs too, for the step's own (`runtime/base_optimizer.py: _run_post_backward`).
+        engine, model = model, getattr(model, "module", model)
+        with torch.random.fork_rng(devices=_devices(batch)):
+            with _recorded(model) as inputs:
+                probe = loss(model, batch)
+            (gradient,) = torch.autograd.grad(probe.loss_sum, inputs)
+        clean = loss(engine, batch)
         disturbance = _step(torch.zeros_like(gradient), gradient, section.epsilon, section.epsilon)
         if section.method == "pgd":
             length = PGD_REACH * section.epsilon / section.steps
@@ -44,6 +49,10 @@ def adversarial_loss(loss: Loss, section: AdversarialSection) -> Loss:
         return replace(clean, loss_sum=clean.loss_sum + hard.loss_sum)
 
     return together
+
+
+def _devices(batch: Batch) -> list[torch.device]:
+    return list({values.device for values in batch.values() if values.device.type == "cuda"})
 
 
 def _step(disturbance: Tensor, gradient: Tensor, length: float, epsilon: float) -> Tensor:
