@@ -43,7 +43,7 @@ def matrix(family: str, *formats: str) -> Callable[[float], None]:
     """Set the efficiency of matrix products."""
 
     def put(value: float) -> None:
-        calibration.MATRIX_EFFICIENCY[family].update(dict.fromkeys(formats, value))  # type: ignore[arg-type]
+        calibration.MATRIX_EFFICIENCY[family].update(dict.fromkeys(formats, value))  # type: ignore[arg-type]  # a table
 
     return put
 
@@ -52,7 +52,7 @@ def software(name: str, field: str) -> Callable[[float], None]:
     """Set a field of a program."""
 
     def put(value: float) -> None:
-        calibration.SOFTWARE[name] = replace(calibration.SOFTWARE[name], **{field: value})  # type: ignore[arg-type]
+        calibration.SOFTWARE[name] = replace(calibration.SOFTWARE[name], **{field: value})  # type: ignore[arg-type]  # a table
 
     return put
 

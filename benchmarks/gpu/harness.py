@@ -123,7 +123,7 @@ def make_case_plan(case: Case, device: str) -> Any:
         },
         "zero": case.zero or {"stage": 1},
     }  # fmt: skip
-    recipe["data"] |= {"cross_document_attention": True}  # type: ignore[operator]
+    recipe["data"] |= {"cross_document_attention": True}  # type: ignore[operator]  # a dict of dicts
     name = None
     if device == "cuda":
         try:

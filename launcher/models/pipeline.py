@@ -160,7 +160,7 @@ def _finished(config: Any, logits: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-class Pipeline(PipelineModule):  # type: ignore[misc]
+class Pipeline(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no types
     """DeepSpeed's pipeline of a plan's model, cut where the plan cuts it.
 
     Attributes:

@@ -94,9 +94,9 @@ class Worker:
             raise MemoryError(f"{available / 2**30:.1f} GiB are free, too little for a spare worker")
         _write_output_to(self.run_directory.logs / f"spare_{socket.gethostname()}_{os.getpid()}.log")
         _set_environment(device, environment)
-        import deepspeed  # noqa: F401
+        import deepspeed  # noqa: F401 - imported before it is needed
 
-        import launcher.training.entry  # noqa: F401
+        import launcher.training.entry  # noqa: F401 - imported before it is needed
 
         sys.stdout.write("warm\n")
 

@@ -183,7 +183,7 @@ class MaskedLanguageModelling(Task):
         super().__init__(plan, facts)
         self.section = plan.recipe.masked_lm
         if self.section.next_sentence:
-            self.auto_class = AutoModelForPreTraining  # type: ignore[misc]
+            self.auto_class = AutoModelForPreTraining  # type: ignore[misc]  # a class of a library without types
 
     @classmethod
     def encoder(cls, recipe: Recipe) -> MaskedLanguageModellingEncoder:

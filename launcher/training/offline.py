@@ -68,7 +68,7 @@ def evaluate_checkpoint(
     alone, task, model = load_checkpoint(folder, plan, prepared)
     section = alone.recipe.evaluation.model_copy(update={"max_eval_samples": max_samples})
     alone = alone.model_copy(update={"recipe": alone.recipe.model_copy(update={"evaluation": section})})
-    store = dist.HashStore()  # type: ignore[attr-defined]
+    store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not declare it
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         return measure(model, task, datasets, alone, 0, torch.device("cpu"))

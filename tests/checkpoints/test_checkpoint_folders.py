@@ -70,7 +70,7 @@ def test_one_flipped_bit_is_found_by_checksums_and_not_by_sizes(make_checkpoint:
 )
 def test_each_damage_is_named(make_checkpoint: MakeCheckpoint, harm: object, fault: str) -> None:
     folder = make_checkpoint(1)
-    harm(folder)  # type: ignore[operator]
+    harm(folder)  # type: ignore[operator]  # a parameter
     (found,) = faults_of(folder, contents=True)
     assert found.startswith(fault)
 
@@ -236,9 +236,9 @@ def run_and_be_killed(action: object, argument: object, point: str) -> None:
 
 def delete_all(checkpoints: Path, barrier: object, deleted: object) -> None:
     present = folders.complete(checkpoints)
-    barrier.wait()  # type: ignore[attr-defined]
+    barrier.wait()  # type: ignore[attr-defined]  # a process's argument
     for folder in present:
-        deleted.put((folder.name, folders.delete(folder, "prune")))  # type: ignore[attr-defined]
+        deleted.put((folder.name, folders.delete(folder, "prune")))  # type: ignore[attr-defined]  # as above
 
 
 def test_two_pruners_at_once(make_checkpoint: MakeCheckpoint) -> None:

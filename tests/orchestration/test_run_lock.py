@@ -44,7 +44,7 @@ def other(directory: RunDirectory) -> Iterator[subprocess.Popen[str]]:
 
 def write_holder(directory: RunDirectory, **facts: object) -> None:
     directory.create()
-    directory.lock.write_text(json.dumps(asdict(replace(Holder.here(), **facts))))  # type: ignore[arg-type]
+    directory.lock.write_text(json.dumps(asdict(replace(Holder.here(), **facts))))  # type: ignore[arg-type]  # facts of several types
 
 
 def test_a_second_run_is_refused_and_told_who_holds_it(directory: RunDirectory, other: subprocess.Popen[str]) -> None:

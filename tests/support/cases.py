@@ -85,7 +85,7 @@ def _stop_at(context: WorkerContext, step: int) -> None:
             context.stop.set()
         enter(phase)
 
-    heartbeat.enter = watching  # type: ignore[method-assign]  # watched from here
+    heartbeat.enter = watching  # type: ignore[method-assign]  # watched on purpose  # watched from here
 
 
 def run_hidden(run_directory: str, data: str, rank: int, folder: str) -> dict[str, Any]:
@@ -206,6 +206,6 @@ def run_with_held_writer(run_directory: str, data: str, hold_at: int, release_at
             send(signal.SIGCONT)
         enter(phase)
 
-    heartbeat.enter = watching  # type: ignore[method-assign]
+    heartbeat.enter = watching  # type: ignore[method-assign]  # watched on purpose
     result = train(plan, context, PreparedData.load(Path(data)), torch.device("cpu"))
     return {**asdict(result), "notices": heartbeat.read().notices}

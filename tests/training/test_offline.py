@@ -27,7 +27,7 @@ def test_the_watched_metric_has_the_right_sign() -> None:
     evaluation, metrics = Evaluation(0.5, 10), Metrics({"f1_macro": 0.7, "mse": 3.0})
 
     def score(**settings: object) -> float:
-        return watched_score(EvaluationSection(**settings), evaluation, metrics)  # type: ignore[arg-type]
+        return watched_score(EvaluationSection(**settings), evaluation, metrics)  # type: ignore[arg-type]  # pydantic validates
 
     assert score() == 0.5
     assert score(metric_for_best_model="f1_macro") == -0.7
