@@ -399,8 +399,8 @@ class CheckpointSection(Section):
     """Copy the state into host memory and write it beside the training; false: training waits for the disk, and the
     host needs no memory for the copy."""
     when_busy: Literal["wait", "skip"] = "wait"
-    """What a save does that comes while the one before it is being written: its copy waits for its turn in a second
-    part of host memory, and training with it when that is taken too; or it is left out."""
+    """What a save does that comes while the one before it is being written: it waits, and training with it; or it is
+    left out."""
     directory: str | None = None
     """A second place for the checkpoints, this run's alone: any URL that fsspec knows, such as `s3://bucket/run-7`, or
     a path. They are committed in the run directory, copied there meanwhile, and fetched by a machine that has none or

@@ -17,8 +17,6 @@ from launcher.checkpoints.manifest import Manifest, RankManifest
 from launcher.training.collective_folder import attempted, commit_parts
 from launcher.training.host_memory import HostBuffer, Writer
 
-BUFFERS = 2
-"""One that is being written and one for the save that comes meanwhile."""
 LOOK_INTERVAL_S = 0.05
 
 
@@ -78,11 +76,8 @@ class BackgroundSaver:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._after_commit = after_commit
         self._store = c10d.PrefixStore("zerofleet-checkpoints", c10d._get_default_store())
-        self._free: queue.Queue[HostBuffer] = queue.Queue()
-        self._buffers = [HostBuffer() for _ in range(BUFFERS)]
-        for buffer in self._buffers:
-            self._free.put(buffer)
-        self._writer = Writer(self.rank, self._buffers)
+        self._buffer = HostBuffer()
+        self._writer = Writer(self.rank, [self._buffer])
         self._saves: queue.Queue[Save | None] = queue.Queue()
         self._outcomes: queue.Queue[Outcome] = queue.Queue()
         self._ending = threading.Event()
@@ -95,10 +90,13 @@ class BackgroundSaver:
         return self._saves.unfinished_tasks > 0
 
     def free_buffer(self) -> HostBuffer:
-        """A buffer that nobody reads; waits for one."""
-        buffer = self._free.get()
-        buffer.empty()
-        return buffer
+        """The buffer, once the save before is over.
+
+        On rank 0 that is its commit: a second save in memory would be a second interval that a crash can take.
+        """
+        self.drain()
+        self._buffer.empty()
+        return self._buffer
 
     def begin(self, save: Save) -> None:
         """Hand over a save whose states are copied."""
@@ -126,8 +124,7 @@ class BackgroundSaver:
             self._writer.kill()
         self._thread.join()
         self._writer.close()
-        for buffer in self._buffers:
-            buffer.close()
+        self._buffer.close()
 
     def _work(self) -> None:
         while (save := self._saves.get()) is not None:
@@ -144,7 +141,6 @@ class BackgroundSaver:
         errors = save.errors
         if not errors:
             records, errors = self._writer.write(save.incomplete, save.buffer)
-        self._free.put(save.buffer)
         part = RankManifest(rank=self.rank, token=save.token, files=records)
         errors = errors or attempted(lambda: folders.write_rank_manifest(save.incomplete, part))
         host = socket.gethostname()

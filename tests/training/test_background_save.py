@@ -42,7 +42,7 @@ def test_both_ways_of_saving_leave_the_same_bytes(
     assert contents[0].keys() == contents[1].keys()
 
 
-def test_when_both_parts_of_memory_are_taken_training_waits(
+def test_a_save_that_comes_meanwhile_waits_and_training_with_it(
     fork_server: ForkServer, make_run: MakeRun, prepared: PreparedData
 ) -> None:
     directory, _ = make_run(*SETTINGS)

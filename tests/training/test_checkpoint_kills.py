@@ -66,7 +66,8 @@ class Killed:
         before = newest_step(self.directory)
         outcomes = self.run({SWITCH: json.dumps({"rank": rank, "point": point, "visit": visit})})
         assert outcomes[rank] == {"signal": signal.SIGKILL}, f"{boundary} was not reached: {outcomes}"
-        assert newest_step(self.directory) - before in (0, INTERVAL), boundary
+        # A recorded save may begin before the commit of the one before it, which then passes the boundary too.
+        assert newest_step(self.directory) - before in range(0, visit * INTERVAL + 1, INTERVAL), boundary
         done = max(losses(self.directory))
         assert done - newest_step(self.directory) <= self.may_lose, boundary
         for folder in folders.complete(self.directory.checkpoints):
@@ -87,7 +88,7 @@ def record(fork_server: ForkServer, directory: RunDirectory, data: Path, folder:
 def test_a_kill_at_any_boundary_of_a_save_loses_one_interval_at_most(
     stage: int, asynchronous: bool, fork_server: ForkServer, make_run: MakeRun, prepared: PreparedData, tmp_path: Path
 ) -> None:
-    """Beside the training, that is one interval besides those in host memory: one being written, one that waits."""
+    """Beside the training, that is one interval besides the one in host memory."""
     settings = (f"zero.stage={stage}", f"save_steps={INTERVAL}", "save_total_limit=1", "eval_steps=1000")
     settings += (f"asynchronous={asynchronous}",)
     seen, _ = make_run(*settings, f"max_steps={2 * INTERVAL}", name="seen")
@@ -97,7 +98,7 @@ def test_a_kill_at_any_boundary_of_a_save_loses_one_interval_at_most(
     whole, _ = make_run(*settings, name="whole")
     assert all("result" in outcome for outcome in Killed(fork_server, whole, prepared.directory).run({}))
     parts, _ = make_run(*settings, name="parts")
-    killed = Killed(fork_server, parts, prepared.directory, INTERVAL * (3 if asynchronous else 1))
+    killed = Killed(fork_server, parts, prepared.directory, INTERVAL * (2 if asynchronous else 1))
     for boundary in points:
         killed.attempt(boundary)
     outcomes = killed.run({})
