@@ -8,6 +8,7 @@ Needs root and iproute2.
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ mount -t tmpfs -o size=1g tmpfs /dev/shm
 echo $$ > {ready}
 exec sleep infinity
 """
+_NUMBERS = itertools.count()
 REQUIRED_COMMANDS = ("ip", "nsenter", "unshare", "mount", "hostname")
 
 
@@ -72,7 +74,7 @@ class Network:
     _tag: str = ""
 
     def __enter__(self) -> "Network":
-        self._tag = f"zf{os.getpid() % 100_000}"
+        self._tag = f"zf{os.getpid()}.{next(_NUMBERS)}"  # one process may have several at a time
         self.machines = [
             Machine(f"n{index}", f"10.77.0.{10 + index}", f"{self._tag}n{index}") for index in range(1, self.count + 1)
         ]
