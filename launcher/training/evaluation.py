@@ -17,6 +17,7 @@ from launcher.planning.plan import Plan
 from launcher.tasks import Sample
 from launcher.training.distributed import sum_over_ranks
 from launcher.training.passes import Passes, counts
+from launcher.training.upstream import set_training
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def generate(
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
     limit = plan.model.max_position_embeddings if plan.model else None
-    engine.eval()
+    set_training(engine, False)
     texts = {}
     # The same seed on every rank: all must sample the same tokens, or one would stop earlier and hang the rest.
     with ExitStack() as stack, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -105,5 +106,5 @@ def generate(
                 use_cache=True,
             )
             texts[prompt] = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    engine.train()
+    set_training(engine, True)
     return texts

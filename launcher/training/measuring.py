@@ -18,7 +18,7 @@ from launcher.run_directory import RunDirectory, write_atomically
 from launcher.tasks import Metrics, Sample, Task
 from launcher.training.distributed import broadcast, sum_over_ranks
 from launcher.training.evaluation import Evaluation
-from launcher.training.upstream import to_device
+from launcher.training.upstream import set_training, to_device
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def measure(
     size, micro = plan.layout.data_parallel_size, plan.batch.micro_batch_size
     limit = plan.recipe.evaluation.max_eval_samples
     total = len(evaluation_rows([len(dataset) for dataset in datasets], limit)[0])
-    engine.eval()
+    set_training(engine, False)
     loss_sum, num_targets = 0.0, 0
     own: list[tuple[int, dict[str, Any]]] = []
     for number, batch in enumerate(evaluation_batches(datasets, micro, rank, size, limit, task.collate)):
@@ -54,7 +54,7 @@ def measure(
             position = number * micro * size + index * size + rank
             if position < total:
                 own.append((position, {name: np.array(values[index]) for name, values in arrays.items()}))
-    engine.train()
+    set_training(engine, True)
     total_loss, total_targets = sum_over_ranks(loss_sum, float(num_targets), device=device)
     evaluation = Evaluation(total_loss / max(total_targets, 1.0), int(total_targets))
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None

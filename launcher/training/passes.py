@@ -20,7 +20,7 @@ from launcher.tasks import Batch, Sample, Task
 from launcher.training.adversarial import adversarial_loss
 from launcher.training.context import Heartbeat, Phase
 from launcher.training.distributed import Agreement
-from launcher.training.upstream import averaging_ranks, step_and_norm, to_device
+from launcher.training.upstream import averaging_ranks, set_training, step_and_norm, to_device
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ class DirectPasses:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Forward for each batch."""
-        self.engine.eval()
+        set_training(self.engine, False)
         loss_sum, num_targets = 0.0, 0
         for batch in batches:
             output = self.task.loss(self.engine, to_device(batch, self.device))
             loss_sum += output.loss_sum.item()
             num_targets += int(output.num_targets.item())
-        self.engine.train()
+        set_training(self.engine, True)
         return loss_sum, num_targets
 
 

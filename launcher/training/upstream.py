@@ -50,6 +50,14 @@ def avoid_compiler_import() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
+def set_training(engine: Any, training: bool) -> None:
+    """Turn the engine and its model to training, or to evaluation.
+
+    `runtime/engine.py: train` and `eval` turn the model alone, so that `engine.training` stays true for ever.
+    """
+    torch.nn.Module.train(engine, training)
+
+
 def averaging_ranks(layout: Layout, zero_stage: int) -> int:
     """By how many ranks DeepSpeed divides the sum of all ranks' gradients.
 

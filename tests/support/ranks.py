@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,27 @@ class Ranks:
             assert process.stdin is not None
             process.stdin.write(request)
             process.stdin.flush()
-        answers = [self._answer(rank) for rank in range(self.size)]
+        answers = self._answers()
         failed = [f"rank {rank}: {answer['error']}" for rank, answer in enumerate(answers) if "error" in answer]
         if failed:
             self.close()
             raise AssertionError("\n".join(failed))
         return [answer["result"] for answer in answers]
+
+    def _answers(self) -> list[dict[str, Any]]:
+        """Of every rank. When one has failed, those that wait for it in a collective never will: end them."""
+        with ThreadPoolExecutor(self.size) as threads:
+            reading = [threads.submit(self._answer, rank) for rank in range(self.size)]
+            for answered in as_completed(reading):
+                if "error" in answered.result():
+                    wait(reading, LEAVE_S)
+                    self._kill()
+        return [answered.result() for answered in reading]
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
     def _answer(self, rank: int) -> dict[str, Any]:
         stdout = self.processes[rank].stdout
