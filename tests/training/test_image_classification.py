@@ -124,7 +124,8 @@ def test_it_learns_digits_while_images_are_mixed(tmp_path, two_ranks: Ranks) -> 
     directory, _, prepared = make(
         tmp_path,
         {"type": "sklearn", "name": "digits"},
-        "training.max_steps=60",
+        "training.max_steps=200",
+        "training.learning_rate=1e-2",
         "training.micro_batch_size=16",
         "image.mixup_alpha=0.2",
         "evaluation.max_eval_samples=151",

@@ -89,7 +89,7 @@ def test_each_layer_has_its_learning_rate(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_two_workers_train_with_both(tmp_path: Path, two_ranks: Ranks) -> None:
     directory, _, prepared = make(
-        tmp_path, "training.max_steps=60", "training.micro_batch_size=16", "optimizer.layer_wise_lr_decay=0.9",
+        tmp_path, "training.max_steps=200", "training.micro_batch_size=16", "optimizer.layer_wise_lr_decay=0.9",
         training={"adversarial": {"method": "fgm", "epsilon": 0.3}},
     )  # fmt: skip
     results = two_ranks.call("cases:run", run_directory=str(directory.path), data=str(prepared.directory))
