@@ -230,7 +230,7 @@ def ssh_server(zerofleet: Zerofleet) -> Iterator[SshServer]:
 def machines(workplace: Path) -> Iterator[Network]:
     """Two machines of namespaces."""
     if lacking := network.missing():
-        pytest.skip(f"not there: {', '.join(lacking)}")
+        pytest.skip(f"hardware: machines need {', '.join(lacking)}")
     with tempfile.TemporaryDirectory(prefix="zfnet-") as name, Network(Path(name)) as lab:
         yield lab
 
