@@ -73,7 +73,7 @@ class Zerofleet:
         return summary
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("orchestration")
     path = folder / "tiny.yaml"
@@ -81,7 +81,7 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def warm_ray() -> Iterator[dict[str, str]]:
     with local_ray(num_cpus=4) as ray:
         yield ray.environment
@@ -97,7 +97,7 @@ def zerofleet(tiny_recipe: Path, warm_ray: dict[str, str]) -> Iterator[Zerofleet
         process.communicate()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def uninterrupted(
     tiny_recipe: Path, warm_ray: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> RunDirectory:
