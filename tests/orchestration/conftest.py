@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from cluster.local import local_ray
 from launcher.run_directory import RunDirectory, read_json_lines
+from tests.support.unmeasured import unmeasured
 
 RECIPE = """
 name: tiny
@@ -83,7 +85,10 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def warm_ray() -> Iterator[dict[str, str]]:
-    with local_ray(num_cpus=4) as ray:
+    """Its workers are not measured; tests/training passes their lines."""
+    with ExitStack() as stack:
+        with unmeasured():
+            ray = stack.enter_context(local_ray(num_cpus=4))
         yield ray.environment
 
 
