@@ -1,6 +1,7 @@
 """What the ranks of `ranks.py` can be asked to do; runs in their processes."""
 
 import ctypes
+import gc
 import os
 import signal
 import threading
@@ -10,6 +11,8 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from launcher.data.store import PreparedData
@@ -67,13 +70,20 @@ def refusal_of_precision(precision: str, supported: bool) -> str | None:
 
 
 def forget_groups() -> None:
-    """Let the next case make other groups: DeepSpeed keeps those of a process in module globals."""
+    """Let the next case make other groups: DeepSpeed keeps those of a process in module globals.
+
+    And end them: each of gloo's has a thread that wakes ten times a second, and ranks live through hundreds of cases.
+    """
     from deepspeed.module_inject.layers import set_autotp_mode
     from deepspeed.utils import groups
 
     groups._release_process_group_references()
     ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
     set_autotp_mode(training=False)
+    for group in list(c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
 
 
 def _stop_at(context: WorkerContext, step: int) -> None:
