@@ -139,7 +139,7 @@ def test_a_stopped_rank_is_named_with_its_stacks_and_a_slow_one_too(
     monkeypatch.setitem(zerofleet.environment, SWITCH, str(plan_file(tmp_path, [pause, stop, slow])))
     directory = RunDirectory.at(tmp_path / "run")
     code, _, err = zerofleet.run(
-        *("run", str(zerofleet.recipe), "max_steps=80", "hang_seconds=6", "save_steps=10", "tensorboard=true"),
+        *("run", str(zerofleet.recipe), "max_steps=80", "hang_seconds=12", "save_steps=10", "tensorboard=true"),
         *("--run-dir", str(directory.path)),
         timeout=240,
     )
