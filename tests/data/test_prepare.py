@@ -1,7 +1,9 @@
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -272,10 +274,21 @@ def test_progress_is_plain_lines_without_a_terminal(
 def test_progress_is_bars_on_a_terminal(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     master, terminal = os.openpty()
-    with os.fdopen(terminal, "w") as stream, os.fdopen(master, "rb", buffering=0) as screen:
+    pieces: list[bytes] = []
+
+    def look() -> None:
+        with suppress(OSError):  # EIO: the terminal is closed
+            while piece := os.read(master, 1 << 16):
+                pieces.append(piece)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    with os.fdopen(terminal, "w") as stream:
         monkeypatch.setattr("sys.stderr", stream)
         prepare(make_recipe())
-        shown = screen.read(1 << 16).decode()
+    looking.join()
+    os.close(master)
+    shown = b"".join(pieces).decode()
     for stage in ("reading data.sources.0", "training the tokenizer", "tokenising data.sources.0"):
         assert stage in shown
     assert "13/13" in shown
