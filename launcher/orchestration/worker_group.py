@@ -193,9 +193,8 @@ class WorkerGroup:
     def stop(self) -> None:
         """End every rank now and free the placement group.
 
-        Where all have ended their training they may leave as processes do, so that what they registered for their exit
-        is run (DeepSpeed's shared memory is freed, files are flushed). Else they are killed: they may hang in a
-        collective.
+        Where all have ended their training they may leave as processes do, so that what libraries registered for their
+        exit is run. Else they are killed: they may hang in a collective.
         """
         if self._actors and not self._waits:
             leaving = [actor.__ray_terminate__.remote() for actor in self._actors]
