@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -54,7 +55,7 @@ class Place:
     port_key: str
 
 
-class NodeAgent:
+class NodeAgent(ABC):
     """One node's part in one start of a job."""
 
     def __init__(self, spec: JobSpec, job_directory: Path, folder: StartFolder, place: Place) -> None:
@@ -99,10 +100,11 @@ class NodeAgent:
         self.report("failed" if outcome.state == "failed" else "left", outcome.message)
         return outcome
 
+    @abstractmethod
     def play(self) -> Outcome:
         """The node's part."""
-        raise NotImplementedError  # each kind of node has its own part
 
+    @abstractmethod
     def leave(self, outcome: Outcome) -> None:
         """What is to do when Ray has ended here."""
 
@@ -149,6 +151,9 @@ class OtherNode(NodeAgent):
                     raise
                 say(f"{error}\nray: this node did not join; trying again")
         return Outcome("stopped", None, "the job ended before this node joined")
+
+    def leave(self, outcome: Outcome) -> None:
+        """Do nothing: the first node says how the job ended."""
 
     def _await_head(self) -> tuple[str, str] | None:
         """Wait for a head that listens; `None` when the job ends before.

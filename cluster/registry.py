@@ -66,9 +66,10 @@ def records() -> list[JobRecord]:
     """All records, oldest first; files that are none are passed over."""
     folder = registry_folder()
     try:
-        names = [name for name in os.listdir(folder) if name.endswith(".json") and not name.startswith(".")]  # noqa: PTH208 - no Path a record
+        listed = os.listdir(folder)  # noqa: PTH208 - names are enough
     except FileNotFoundError:
         return []
+    names = (name for name in listed if name.endswith(".json") and not name.startswith("."))
     found = (_read(folder / name) for name in names)
     return sorted((record for record in found if record is not None), key=lambda record: record.submitted)
 

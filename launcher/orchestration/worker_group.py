@@ -340,9 +340,8 @@ class WorkerGroup:
     def stop(self) -> None:
         """End every rank now and free the placement group.
 
-        Where all have ended their training they may leave as processes do, so that what they registered for their exit
-        is run (DeepSpeed's shared memory is freed, files are flushed). Else they are killed: they may hang in a
-        collective.
+        Where all have ended their training they may leave as processes do, so that what libraries registered for their
+        exit is run. Else they are killed: they may hang in a collective.
         """
         if self.elastic is not None:  # who has not said how it ended may be on a node that is gone
             silent = [rank for rank in self._waits.values() if rank < len(self.placements)]

@@ -206,9 +206,18 @@ def test_no_ray_at_the_address(zerofleet: Zerofleet, tmp_path: Path, monkeypatch
     assert "RAY_ADDRESS=nonsense is not of the form HOST:PORT" in err
 
 
+AT_EXIT = """
+import atexit, os, pathlib
+atexit.register(lambda: pathlib.Path({folder!r}, str(os.getpid())).touch())
+"""
+
+
 def test_a_cold_start_needs_nothing_but_the_command(tiny_recipe: Path, tmp_path: Path) -> None:
     """The embedded Ray comes, trains, exports and leaves no process and no folder behind."""
-    environment = dict.fromkeys(("RAY_ADDRESS",), "")
+    exits = tmp_path / "exits"
+    exits.mkdir()
+    (tmp_path / "sitecustomize.py").write_text(AT_EXIT.format(folder=str(exits)))
+    environment = {"RAY_ADDRESS": "", "PYTHONPATH": str(tmp_path)}
     before = {process.pid for process in psutil.process_iter()}
     command = Zerofleet(tiny_recipe, environment)
     directory = RunDirectory.at(tmp_path / "run")
@@ -217,6 +226,8 @@ def test_a_cold_start_needs_nothing_but_the_command(tiny_recipe: Path, tmp_path:
     assert "complete, 2 steps" in out
     assert "unigram baseline" in out
     assert "step 2/2" in err or "workers started" in err
+    ended = {int(path.name) for path in exits.iterdir()}
+    assert set(worker_pids(directory).values()) <= ended, "what a worker registered for its exit is run"
     left = [
         p
         for p in psutil.process_iter(["cmdline"])
