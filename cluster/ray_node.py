@@ -204,8 +204,7 @@ def start_head(
         "--head",
         f"--include-dashboard={'true' if dashboard else 'false'}",
         "--dashboard-host=127.0.0.1",
-        # No autoscaler and no log forwarding: nothing here uses them. Ray's client server cannot be turned off.
-        *("--no-monitor", "--include-log-monitor=false"),
+        "--no-monitor",  # no autoscaler: nothing here uses it; Ray's client server cannot be turned off
         *(f"--{name}={port}" for name, port in named.items()),
     ]
     metric_ports = {name: str(port) for name, port in zip(_METRIC_PORTS, ports[len(named) :], strict=True)}
@@ -240,6 +239,7 @@ def _start(
         *(f"--node-ip-address={address}", f"--temp-dir={temporary}"),
         *(f"--num-cpus={math.ceil(resources.cpus)}", f"--num-gpus={resources.gpus}"),
         f"--object-store-memory={OBJECT_STORE_BYTES}",
+        "--include-log-monitor=false",  # no log forwarding: ranks write their own logs
         *("--min-worker-port=0", "--max-worker-port=0"),  # any free ones: Ray's fixed range is every job's
         *options,
     ]

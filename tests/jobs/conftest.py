@@ -8,7 +8,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,13 @@ from tests.support.network import Network
 from tests.support.ray_cluster import HostRay, NetworkRay
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.sshd import SshServer
+from tests.support.unmeasured import unmeasured, unmeasured_environment
 
-LONG = 150
+LONG = 100
 """Steps of the uninterrupted run that others are compared with, and of the one that is interrupted twice."""
+
+TRAINING = ("submit", "sweep")
+"""Commands whose ranks would be measured with them; tests/training passes the lines of ranks."""
 
 # The learning rate is constant, so that runs of different lengths make the same first steps.
 RECIPE = """
@@ -59,7 +63,8 @@ class Zerofleet:
 
     def process(self, *arguments: str) -> subprocess.Popen[str]:
         command = self.prefix(sys.executable, "-P", "-m", "launcher.cli.main", *arguments)
-        environment = {**os.environ, **self.environment}
+        inherited = unmeasured_environment() if arguments[0] in TRAINING else os.environ
+        environment = {**inherited, **self.environment}
         return subprocess.Popen(
             command,
             env=environment,
@@ -105,7 +110,7 @@ class Zerofleet:
             assert not ended, f"{status['state']}: {status['reason']}\n{self.run('logs', job)[1]}"
             return None
 
-        return wait_for(reached, f"state {' or '.join(states)} of {job}", timeout, every=0.5)
+        return wait_for(reached, f"state {' or '.join(states)} of {job}", timeout, every=1.5)
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout: float = 60, every: float = 0.1) -> Any:
@@ -164,7 +169,7 @@ def workers(run_directory: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def workplace() -> Iterator[Path]:
     """A folder that every daemon may enter (munge insists), with a path short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="zfjobs-") as name:
@@ -173,7 +178,7 @@ def workplace() -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def zerofleet(workplace: Path) -> Iterator[Zerofleet]:
     recipe = workplace / "tiny.yaml"
     recipe.write_text(RECIPE.format(stdlib=sysconfig.get_path("stdlib"), cache=workplace / "cache"))
@@ -188,7 +193,7 @@ def zerofleet(workplace: Path) -> Iterator[Zerofleet]:
     command.end_jobs("local")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def uninterrupted(zerofleet: Zerofleet, workplace: Path) -> Path:
     """The run that others are compared with: on the local backend, on two Ray nodes. It goes on while they run."""
     profile = write_profile(workplace / "local.yaml", backend="local")
@@ -197,7 +202,7 @@ def uninterrupted(zerofleet: Zerofleet, workplace: Path) -> Path:
     return run_directory
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def slurm(zerofleet: Zerofleet) -> Iterator[SlurmCluster]:
     if missing := slurm_cluster.missing_commands():
         pytest.skip(f"not installed: {', '.join(missing)} (see .ci/apt-packages.txt)")
@@ -217,7 +222,7 @@ def slurm_here(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmClu
     return slurm
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ssh_server(zerofleet: Zerofleet) -> Iterator[SshServer]:
     if missing := sshd.missing_commands():
         pytest.skip(f"not installed: {', '.join(missing)} (see .ci/apt-packages.txt)")
@@ -226,7 +231,7 @@ def ssh_server(zerofleet: Zerofleet) -> Iterator[SshServer]:
         zerofleet.end_jobs("ssh")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def machines(workplace: Path) -> Iterator[Network]:
     """Two machines of namespaces."""
     if lacking := network.missing():
@@ -235,7 +240,7 @@ def machines(workplace: Path) -> Iterator[Network]:
         yield lab
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster(zerofleet: Zerofleet, request: pytest.FixtureRequest) -> Iterator[tuple[Zerofleet, dict[str, Any]]]:
     """A Ray cluster of two nodes that runs already: a command line that reaches it, and what its profile says.
 
@@ -248,7 +253,9 @@ def ray_cluster(zerofleet: Zerofleet, request: pytest.FixtureRequest) -> Iterato
             command.end_jobs("ray")
         return
     lab: Network = request.getfixturevalue("machines")
-    with NetworkRay(lab) as cluster:
+    with ExitStack() as stack:
+        with unmeasured():
+            cluster = stack.enter_context(NetworkRay(lab))
         environment = {**zerofleet.environment, **cluster.environment}
         command = replace(zerofleet, environment=environment, prefix=lab.machines[1].command)
         yield command, {"backend": "ray", "address": cluster.address, "ray": {"python": sys.executable}}

@@ -65,7 +65,7 @@ def live(
     if meanwhile is not None:
         is_over()
         meanwhile(job)
-    status = wait_for(is_over, f"end of {job}", timeout=180, every=0.2)
+    status = wait_for(is_over, f"end of {job}", timeout=180, every=0.5)
     followed, _ = follower.communicate(timeout=30)
     assert (status["state"], follower.returncode) == ("COMPLETED", 0), followed
     return Life(run_directory, seen, followed, status)
@@ -94,7 +94,8 @@ def on_slurm(zerofleet: Zerofleet, slurm: SlurmCluster, workplace: Path) -> Slur
     arguments = ("submit", str(zerofleet.recipe), "--profile", str(profile), "--run-dir", str(run_directory))
     shown = zerofleet.ok(*arguments, "--dry-run").encode()
     assert not run_directory.exists(), "a dry run writes nothing"
-    blocker = re.search(r"\d+", slurm.command("sbatch", "--nodes=2", "--exclusive", "--wrap=sleep 60"))
+    sleep = ("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 60")
+    blocker = re.search(r"\d+", slurm.command("sbatch", *sleep))
     assert blocker is not None
     received = workplace / "received.sh"
     second: list[tuple[int, str]] = []

@@ -211,7 +211,7 @@ def test_a_requeue_by_an_administrator_and_a_time_limit_change_no_loss(
         minutes = max(2, int((time.time() - began.timestamp() + 100) / 60))
         slurm.command("scontrol", "update", f"JobId={slurm_id}", f"TimeLimit={minutes}")
         warning = "SIGUSR2: the driver saves and ends"
-        wait_for(lambda: warning in zerofleet.ok("logs", job, "--start", "2"), "warning", 90, every=0.5)
+        wait_for(lambda: warning in zerofleet.ok("logs", job, "--start", "2"), "warning", 90, every=1.5)
     zerofleet.wait_for_state(job, "PENDING")
     slurm.command("scontrol", "update", f"JobId={slurm_id}", "TimeLimit=30")
     status = zerofleet.wait_for_state(job, "COMPLETED")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.network import Network, missing
 from tests.support.ray_cluster import NetworkRay
+from tests.support.unmeasured import unmeasured
 
 pytestmark = [
     pytest.mark.ray,
@@ -58,7 +59,10 @@ def made(folder: Path) -> Iterator[Lab]:
     here = str(Path(__file__).parents[2])
     environment = {name: {"PYTHONPATH": here} for name in ("n1", "n3", "n4")}
     environment["n2"] = {"PYTHONPATH": f"{folder / 'other'}{os.pathsep}{here}"}
-    with Network(folder, 4) as network, NetworkRay(network, cpus=1, environment_of=environment) as ray:
+    with ExitStack() as stack:
+        network = stack.enter_context(Network(folder, 4))
+        with unmeasured():
+            ray = stack.enter_context(NetworkRay(network, 1, environment, dashboard=False))
         yield Lab(network, ray, folder)
 
 

@@ -1,5 +1,4 @@
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from launcher.planning.parameters import ParameterTensor
 from launcher.planning.plan import Plan, make_plan
 from launcher.recipe.schema import Recipe
 from tests.support.small_models import small
+from tests.support.unmeasured import unmeasured_environment
 
 pytestmark = pytest.mark.matrix
 
@@ -119,7 +119,7 @@ def run_ranks(folder: Path, plans: list[Plan]) -> list[list[dict[str, int]]]:
     """Run the worker on two ranks; the result is by rank, then by plan."""
     (folder / "plans.json").write_text(json.dumps([plan.model_dump(mode="json") for plan in plans]))
     common = {
-        **os.environ,
+        **unmeasured_environment(),
         "PYTHONPATH": str(ROOT),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -148,13 +148,15 @@ def run_ranks(folder: Path, plans: list[Plan]) -> list[list[dict[str, int]]]:
 
 @pytest.fixture(scope="module")
 def measured(
-    tmp_path_factory: pytest.TempPathFactory, make_recipe: MakeRecipe
+    tmp_path_factory: pytest.TempPathFactory, make_recipe: MakeRecipe, request: pytest.FixtureRequest
 ) -> dict[str, tuple[Plan, dict[str, int]]]:
-    """For each case, the plan and the bytes on the fullest of two real ranks."""
-    plans = [measured_plan(make_recipe, changes) for changes in CASES.values()]
+    """For each case that is tested, the plan and the bytes on the fullest of two real ranks."""
+    tested = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    cases = {name: changes for name, changes in CASES.items() if name in tested}
+    plans = [measured_plan(make_recipe, changes) for changes in cases.values()]
     by_rank = run_ranks(tmp_path_factory.mktemp("model-states"), plans)
     fullest = [{kind: max(ranks[0][kind], ranks[1][kind]) for kind in ranks[0]} for ranks in zip(*by_rank, strict=True)]
-    return {name: (plan, found) for name, plan, found in zip(CASES, plans, fullest, strict=True)}
+    return {name: (plan, found) for name, plan, found in zip(cases, plans, fullest, strict=True)}
 
 
 @pytest.mark.distributed

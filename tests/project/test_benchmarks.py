@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.unmeasured import unmeasured_environment
+
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def finished(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = unmeasured_environment()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.mark.ray
@@ -15,8 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_our_loop_learns_what_the_bare_loop_learns() -> None:
     small = ["--hidden-size", "64", "--layers", "1", "--sequence-length", "32", "--micro-batch-size", "2"]
     command = [sys.executable, "benchmarks/step_overhead.py", "--rounds", "1", "--steps", "4", "--logging-steps", "2"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen([*command, *small, "--json"], cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+    pipe, environment = subprocess.PIPE, unmeasured_environment()
+    command += [*small, "--json"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:
             output, errors = process.communicate(timeout=240)
         finally:
@@ -32,8 +42,7 @@ def test_our_loop_learns_what_the_bare_loop_learns() -> None:
 
 def test_the_cost_of_commands_is_measured_on_a_full_registry() -> None:
     command = [sys.executable, "benchmarks/command_time.py", "--rounds", "1", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    done = finished(command)
     result = json.loads(done.stdout)
     assert result["records"] == 1000
     assert set(result["ratios"]) == {f"zerofleet {verb}" for verb in ("--help", "plan", "jobs", "status", "logs")}
@@ -42,8 +51,7 @@ def test_the_cost_of_commands_is_measured_on_a_full_registry() -> None:
 
 def test_plans_and_searches_are_timed_and_import_nothing_heavy() -> None:
     command = [sys.executable, "benchmarks/plan_time.py", "--rounds", "1", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    done = finished(command)
     found = json.loads(done.stdout)["commands"]
     assert {"plan 405B, 16,384 GPUs", "search 70B, 1,024 GPUs"} <= set(found)
     assert len(found) >= 8
@@ -53,8 +61,7 @@ def test_plans_and_searches_are_timed_and_import_nothing_heavy() -> None:
 @pytest.mark.distributed
 def test_every_way_of_saving_is_measured() -> None:
     command = [sys.executable, "benchmarks/checkpoint.py", "--megabytes", "4", "--rounds", "1", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    done = finished(command)
     result = json.loads(done.stdout)
     assert set(result["arms"]) == {"ours_asynchronous", "ours_synchronous", "deepspeed", "dcp", "dcp_asynchronous"}
     assert all(figures["blocked"]["median"] > 0 for figures in result["arms"].values())

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.documents import ON_SLURM, ROOT, blocks, commands
+from tests.support.unmeasured import unmeasured_environment
 
 DOCUMENTS = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
@@ -24,7 +25,7 @@ LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
 def start(command: str, folder: Path) -> subprocess.Popen[str]:
     environment = {
-        **os.environ,
+        **unmeasured_environment(),
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "ZEROFLEET_CACHE": str(folder / "cache"),
         "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),

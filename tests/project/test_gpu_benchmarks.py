@@ -1,7 +1,6 @@
 """The benchmarks of a GPU: their path runs on a CPU with small models, and without a GPU they refuse to measure one."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +8,19 @@ from typing import Any
 
 import pytest
 
+from tests.support.unmeasured import unmeasured_environment
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "benchmarks" / "gpu").glob("[!h]*.py"))
 
 
 def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **unmeasured_environment(),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(script), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 

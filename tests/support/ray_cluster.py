@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cluster.ray_node import (
     NodeResources,
@@ -23,7 +24,10 @@ from cluster.ray_node import (
 from tests.support.network import Machine, Network
 
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
+NO_DASHBOARD = ("--include-dashboard=false",)
 START_TIMEOUT_S = 90
+ATTEMPTS = 3
+"""To join: on a machine with much else to do, a node may not hear from its head in the time that Ray gives it."""
 
 
 @dataclass
@@ -34,11 +38,13 @@ class NetworkRay:
         network: the machines.
         cpus: that each hands out.
         environment_of: more environment of a machine's Ray, by its name.
+        dashboard: whether the first serves one, and with it the Jobs API.
     """
 
     network: Network
     cpus: int = 2
     environment_of: dict[str, dict[str, str]] = field(default_factory=dict)
+    dashboard: bool = True
     token: str = field(default_factory=lambda: secrets.token_hex(16))
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -55,41 +61,47 @@ class NetworkRay:
     def __enter__(self) -> "NetworkRay":
         first, *others = self.network.machines
         dashboard = ("--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD_PORT}")
-        self._start(first.name, first.command(), "--head", f"--port={GCS_PORT}", *dashboard, ip=first.address)
+        self._start(first, "--head", f"--port={GCS_PORT}", *(dashboard if self.dashboard else NO_DASHBOARD))
+        self._await(first)
         for machine in others:
-            self._start(machine.name, machine.command(), f"--address={self.address}", ip=machine.address)
-        self._await([machine.name for machine in self.network.machines])
+            self._start(machine, f"--address={self.address}")
+        for machine in others:
+            self._await(machine, ATTEMPTS - 1)
         return self
 
     def restart(self, machine: Machine) -> None:
         """Start Ray again on a machine that was off; returns when it has joined."""
-        (self.network.folder / f"ray-{machine.name}.log").unlink(missing_ok=True)
-        self._start(machine.name, machine.command(), f"--address={self.address}", ip=machine.address)
-        self._await([machine.name])
+        self._start(machine, f"--address={self.address}")
+        self._await(machine, ATTEMPTS - 1)
 
-    def _start(self, name: str, prefix: list[str], *options: str, ip: str) -> None:
+    def _start(self, machine: Machine, *options: str) -> None:
         common = (f"--num-cpus={self.cpus}", "--object-store-memory=128000000", "--disable-usage-stats", "--block")
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *common, f"--node-ip-address={ip}", *options]
-        temporary = self.network.folder / f"ray-{name}"
-        with (self.network.folder / f"ray-{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [*prefix, *command, f"--temp-dir={temporary}"],
-                env={**os.environ, **self.environment, **self.environment_of.get(name, {})},
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *common, *options]
+        temporary = self.network.folder / f"ray-{machine.name}"
+        with self._log(machine).open("wb") as log:
+            self._processes[machine.name] = subprocess.Popen(
+                machine.command(*command, f"--node-ip-address={machine.address}", f"--temp-dir={temporary}"),
+                env={**os.environ, **self.environment, **self.environment_of.get(machine.name, {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._processes[name] = process
 
-    def _await(self, names: list[str]) -> None:
+    def _log(self, machine: Machine) -> Path:
+        return self.network.folder / f"ray-{machine.name}.log"
+
+    def _await(self, machine: Machine, retries: int = 0) -> None:
+        """Wait for Ray on a machine. A node that waits too long for its head ends itself: start that one again."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        for name in names:
-            log = self.network.folder / f"ray-{name}.log"
-            while b"Ray runtime started" not in log.read_bytes():
-                if self._processes[name].poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"Ray did not start on {name}:\n{log.read_text()[-3000:]}")
-                time.sleep(0.1)
+        while b"Ray runtime started" not in self._log(machine).read_bytes():
+            ended = self._processes[machine.name].poll() is not None
+            if ended and retries and time.monotonic() < deadline:
+                retries -= 1
+                self._start(machine, f"--address={self.address}")
+            elif ended or time.monotonic() > deadline:
+                raise RuntimeError(f"Ray did not start on {machine.name}:\n{self._log(machine).read_text()[-3000:]}")
+            time.sleep(0.1)
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes.values():
