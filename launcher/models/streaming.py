@@ -55,7 +55,7 @@ def _no_broadcast_of_empty_weights() -> Iterator[None]:
     `runtime/zero/partition_parameters.py: _zero_init_param`. What is in them is replaced: by what the files hold, or by
     transformers' random weights, which rank 0 makes for all. Sent whole, they would be in the memory of every rank.
     """
-    from deepspeed.zero import Init
+    from deepspeed.runtime.zero.partition_parameters import Init
 
     original = Init._zero_init_param
 

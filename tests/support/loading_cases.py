@@ -1,9 +1,6 @@
 """What ranks can be asked about loading pretrained weights; runs in their processes."""
 
-import ctypes
-import gc
 import hashlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +18,14 @@ def digest(tensor: torch.Tensor) -> str:
     return f"{content.dtype} {tuple(content.shape)} {hashlib.sha256(binary).hexdigest()}"
 
 
-def load(plan: str, auto_class: str, digests: bool = True) -> dict[str, Any]:
-    """Load a plan's pretrained model under ZeRO 3.
-
-    Returns:
-        Digests of all weights and buffers that a checkpoint holds, by name; whether they are partitioned; the largest
-        weight's, this rank's part's and the peak growth's bytes.
-    """
+def load(plan: str, auto_class: str) -> dict[str, Any]:
+    """Load a plan's model under ZeRO 3: digests of its weights and buffers, and whether it is partitioned."""
     import deepspeed
 
     made = Plan.model_validate_json(Path(plan).read_bytes())
-    _forget_peak()
-    before = _status("VmRSS")
     model: Any = build_model(made, getattr(transformers, auto_class))
-    growth = _status("VmHWM") - before
-    parameters = list(model.parameters())
-    result: dict[str, Any] = {
-        "partitioned": all(hasattr(parameter, "ds_tensor") for parameter in parameters),
-        "growth": growth,
-        "shard": sum(parameter.ds_tensor.nbytes for parameter in parameters),
-        "largest": max(parameter.ds_numel * parameter.element_size() for parameter in parameters),
-    }
-    if digests:
-        result["digests"] = {}
-        for name, value in model.state_dict(keep_vars=True).items():
-            with deepspeed.zero.GatheredParameters([value], enabled=hasattr(value, "ds_id")):
-                result["digests"][name] = digest(value)
-    return result
-
-
-def _forget_peak() -> None:
-    """Give back to the system what is free, and let the peak begin at what is used now."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found.group(1)) * 1024
+    digests = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        with deepspeed.zero.GatheredParameters([value], enabled=hasattr(value, "ds_id")):
+            digests[name] = digest(value)
+    return {"partitioned": all(hasattr(each, "ds_tensor") for each in model.parameters()), "digests": digests}
