@@ -91,6 +91,7 @@ def test_each_prompt_gets_the_answer_of_the_sample_before(tmp_path: Path, model_
     assert (batch["other_labels"][1] == -100).all()
 
 
+@pytest.mark.matrix
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_two_workers_learn_which_answers_are_good(

@@ -106,12 +106,14 @@ def test_training_is_the_same_on_one_worker_and_on_two(tmp_path: Path, one_rank:
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
+@pytest.mark.matrix
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_two_workers_learn_which_texts_belong_together(tmp_path: Path, two_ranks: Ranks, stage: str) -> None:
     directory, _, prepared = make(
         tmp_path, "training.max_steps=30", "training.micro_batch_size=16", "training.learning_rate=3.0e-3",
-        "evaluation.eval_steps=10", "evaluation.max_eval_samples=101", "logging.logging_steps=20", f"zero.stage={stage}",
+        "evaluation.eval_steps=10", "evaluation.max_eval_samples=101", "logging.logging_steps=20",
+        f"zero.stage={stage}",
     )  # fmt: skip
     two_ranks.call("cases:run", run_directory=str(directory.path), data=str(prepared.directory))
     records = [record for record in read_json_lines(directory.metrics) if "eval_mean_reciprocal_rank" in record]
