@@ -130,17 +130,17 @@ _TRAINING: dict[str, tuple[str, Convert]] = {
     "save_total_limit": ("checkpoint.save_total_limit", _length),
     "seed": ("seed", int),
     "warmup_ratio": ("training.warmup_ratio", _positive),
-    "warmup_steps": ("training.warmup_steps", _length),
+    "warmup_steps": ("training.warmup_steps", _steps),
     "weight_decay": ("optimizer.weight_decay", float),
 }
 """Names that all three of the training tools share with transformers' `TrainingArguments`."""
 
-TRAINING_ARGUMENTS = {
+TRAINING_ARGUMENTS: dict[str, tuple[str, Convert]] = {
     **_TRAINING,
     "num_train_epochs": ("training.num_train_epochs", _positive),
     "per_device_train_batch_size": ("training.micro_batch_size", int),
 }
-AXOLOTL = {
+AXOLOTL: dict[str, tuple[str, Convert]] = {
     **_TRAINING,
     "base_model": ("model.model_name_or_path", str),
     "attn_implementation": ("model.attn_implementation", str),
@@ -156,7 +156,7 @@ AXOLOTL = {
     "lora_modules_to_save": ("adapter.modules_to_save", list),
     "tokenizer_config": ("tokenizer.tokenizer_name_or_path", str),
 }
-LLAMA_FACTORY = {
+LLAMA_FACTORY: dict[str, tuple[str, Convert]] = {
     **TRAINING_ARGUMENTS,
     "model_name_or_path": ("model.model_name_or_path", str),
     "cutoff_len": ("data.sequence_length", int),
@@ -167,7 +167,7 @@ LLAMA_FACTORY = {
     "lora_dropout": ("adapter.lora_dropout", float),
     "additional_target": ("adapter.modules_to_save", lambda text: [part.strip() for part in text.split(",")]),
 }
-DEEPSPEED = {
+DEEPSPEED: dict[str, tuple[str, Convert]] = {
     "gradient_accumulation_steps": ("training.gradient_accumulation_steps", int),
     "gradient_clipping": ("training.max_grad_norm", float),
     "train_batch_size": ("training.global_batch_size", int),
@@ -197,12 +197,15 @@ def _precision(found: Imported, content: dict[str, Any]) -> None:
     found.put("training.precision", "bf16" if bf16 else "fp16" if fp16 else "fp32")
 
 
+_PLAIN_ADAMW = ("adamw", "adamw_hf", "adamw_torch", "adamw_torch_fused")
+
+
 def _optimizer(found: Imported, content: dict[str, Any], key: str) -> None:
     name = str(content.pop(key, None) or "adamw")
     if name == "sgd":
         found.put("optimizer.type", "sgd")
-    elif not name.startswith("adamw"):
-        found.left_out[key] = f"{name!r}; there are adamw and sgd"
+    elif name not in _PLAIN_ADAMW:
+        found.left_out[key] = f"{name!r}: adamw with states in fp32 is taken"
 
 
 def _rest(found: Imported, content: dict[str, Any], reasons: Mapping[str, str]) -> None:
@@ -216,7 +219,28 @@ _DEFAULTS = {"adam_beta2": 0.999, "learning_rate": 5e-5, "lr_scheduler_type": "l
              "per_device_train_batch_size": 8}  # fmt: skip
 """What transformers takes where a file does not say, and a recipe would take something else."""
 
-_IGNORED: dict[str, Any] = {}
+_IGNORED: dict[str, Any] = {
+    "average_tokens_across_devices": True,
+    "dataloader_in_order": True,
+    "dataloader_pin_memory": True,
+    "ddp_timeout": 1800,
+    "eval_do_concat_batches": True,
+    "hub_strategy": "every_save",
+    "hub_token": "<HUB_TOKEN>",
+    "length_column_name": "length",
+    "local_rank": -1,
+    "log_level": "passive",
+    "log_level_replica": "warning",
+    "log_on_each_node": True,
+    "logging_nan_inf_filter": True,
+    "logging_strategy": "steps",
+    "per_device_eval_batch_size": 8,
+    "project": "huggingface",
+    "remove_unused_columns": True,
+    "save_strategy": "steps",
+    "skip_memory_metrics": True,
+    "train_sampling_strategy": "random",
+}
 """What transformers writes for settings that nobody changed, and that are neither empty nor false."""
 
 _ELSEWHERE = {
@@ -230,6 +254,9 @@ _ELSEWHERE = {
 def from_training_arguments(content: Mapping[str, Any]) -> Imported:
     """From `TrainingArguments.to_json_string()`."""
     found, rest = Imported("transformers' TrainingArguments"), {**_DEFAULTS, **content}
+    rest.pop("accelerator_config", None)
+    if not rest.get("fsdp"):
+        rest.pop("fsdp_config", None)
     if _positive(rest.get("max_steps")):
         rest.pop("num_train_epochs", None)  # which max_steps overrides
     if _positive(rest.get("warmup_steps")):
@@ -363,7 +390,7 @@ def from_deepspeed(content: Mapping[str, Any]) -> Imported:
             found.put("training.precision", precision)
         if precision in rest:
             extra = {key: value for key, value in rest.pop(precision).items() if key != "enabled" and value != "auto"}
-            if extra:
+            if extra and section.get("enabled") is True:
                 found.put(f"deepspeed.overrides.{precision}", extra)
     zero = dict(rest.pop("zero_optimization", None) or {})
     found.put("zero.stage", zero.pop("stage", 0))
@@ -373,7 +400,10 @@ def from_deepspeed(content: Mapping[str, Any]) -> Imported:
             found.put(f"zero.{name}", "cpu")
         elif device != "none":
             found.left_out[f"zero_optimization.{name}"] = f"device {device!r}; cpu is what there is"
-    optimizer = dict((rest.pop("optimizer", None) or {}).get("params") or {})
+    section = rest.pop("optimizer", None) or {}
+    if "adam" not in str(section.get("type", "AdamW")).lower():
+        found.left_out["optimizer.type"] = f"{section['type']!r}; there are adamw and sgd"
+    optimizer = dict(section.get("params") or {})
     betas = optimizer.pop("betas", None)
     if isinstance(betas, list):
         optimizer |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}

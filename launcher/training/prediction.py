@@ -1,6 +1,7 @@
 """Batch inference: what a checkpoint says of each row of a file, the rows shared out to several processes."""
 
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -51,10 +52,15 @@ def predict_file(
         answers = [_answers_of(*each) for each in arguments]
     else:
         # Not forked: a copy of a process with torch's threads in it hangs.
-        with ProcessPoolExecutor(len(parts), multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(len(parts), multiprocessing.get_context("spawn"), _talk_on_stderr) as pool:
             answers = list(pool.map(_answers_of, *zip(*arguments, strict=True)))
     for number, row in enumerate(rows):
         yield row, answers[number % workers][number // workers]
+
+
+def _talk_on_stderr() -> None:
+    """Keep what libraries print off the output: it belongs to the answers."""
+    os.dup2(2, 1)
 
 
 def _read(file: Path, plan: Plan) -> list[Row]:
@@ -111,8 +117,8 @@ def _encoded(plan: Plan, prepared: PreparedData, rows: Sequence[Row]) -> list[An
 
         tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_directory)
     labels = prepared.facts["labels"]
-    encoder.begin(tokenizer, [[{"label": label} for label in labels]])
     placeholder = _PLACEHOLDER[recipe.classification.problem_type]
+    encoder.begin(tokenizer, [[{"label": label if placeholder is None else [label]} for label in labels]])
     label = labels[0] if placeholder is None else placeholder
     ready = [{**row, "label": label} for row in rows]
     if "image" in encoder.roles:
