@@ -1,12 +1,12 @@
-"""`zerofleet evaluate` and `zerofleet generate`: what a checkpoint of a run can do."""
+"""`zerofleet evaluate`, `zerofleet predict` and `zerofleet generate`: what a checkpoint of a run can do."""
 
 import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,6 +45,39 @@ def evaluate(
         print(f"  {name.replace('_', ' '):<28}{value:.4f}")
     if metrics.text:
         print(metrics.text)
+
+
+def predict(
+    run_dir: Run,
+    file: Annotated[Path, typer.Argument(help="Rows to predict: JSON lines, CSV or Parquet, with the data's columns.")],
+    output: Annotated[Path | None, typer.Option(help="File of JSON lines to write. Default: the output.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the rows.")] = 1,
+    step: Step = None,
+) -> None:
+    """Let a run's checkpoint say something of each row of a file: its class and the probabilities, or a number."""
+    with _quietly():
+        from launcher.data.store import PreparedData
+        from launcher.errors import StorageError
+        from launcher.run_directory import write_atomically
+        from launcher.training.prediction import predict_file
+
+        directory, plan, folder = _checkpoint(run_dir, step)
+        prepared = PreparedData.load(Path(json.loads(directory.data.read_text())["directory"]))
+        found = list(predict_file(folder, plan, prepared, file, workers))
+    lines = "".join(json.dumps({**_of_json(row), **answer}) + "\n" for row, answer in found)
+    if output is None:
+        print(lines, end="")
+        return
+    try:
+        write_atomically(output, lines)
+    except OSError as error:
+        raise StorageError(f"cannot write {output}: {error}") from error
+    print(f"{len(found):,} rows -> {output}")
+
+
+def _of_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what JSON does not know, such as a picture's bytes."""
+    return {name: value for name, value in row.items() if isinstance(value, str | int | float | None)}
 
 
 def generate(

@@ -11,7 +11,8 @@ import typer
 from cluster.errors import ExpectedError
 from launcher.cli.checkpoint import checkpoint
 from launcher.cli.doctor import doctor
-from launcher.cli.evaluate import evaluate, generate
+from launcher.cli.evaluate import evaluate, generate, predict
+from launcher.cli.foreign import import_
 from launcher.cli.jobs import cancel, jobs, status
 from launcher.cli.logs import attach, logs
 from launcher.cli.plan import plan
@@ -51,8 +52,10 @@ app.command()(simulate)
 app.command()(prepare)
 app.command()(export)
 app.command()(evaluate)
+app.command()(predict)
 app.command()(generate)
 app.command()(tensorboard)
+app.command("import")(import_)
 app.add_typer(recipes, name="recipes")
 app.add_typer(profile, name="profile")
 app.add_typer(checkpoint, name="checkpoint")

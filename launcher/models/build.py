@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
 
 from launcher.errors import ModelError
+from launcher.models.streaming import streamed_weights
 from launcher.planning.plan import Plan
 
 END_OF_TEXT_ID = 0
@@ -115,22 +116,23 @@ def partitioned_while_built(plan: Plan) -> bool:
 
 
 def _pretrained(plan: Plan, auto_class: Any, config: Any, attention: str) -> PreTrainedModel:
-    if partitioned_while_built(plan):
-        from transformers.integrations import HfDeepSpeedConfig
-
-        # transformers looks at a module-level weak reference to this object; it partitions while loading as long as
-        # it lives.
-        keep = HfDeepSpeedConfig(plan.deepspeed_config)
-    else:
+    with ExitStack() as stack:
         keep = None
-    model: PreTrainedModel = auto_class.from_pretrained(
-        plan.recipe.model.model_name_or_path,
-        config=config,
-        attn_implementation=attention,
-        dtype=DTYPES[plan.recipe.training.precision],
-        trust_remote_code=False,
-    )
-    del keep
+        if partitioned_while_built(plan):
+            from transformers.integrations import HfDeepSpeedConfig
+
+            # transformers looks at a module-level weak reference to this object; it partitions while loading as long
+            # as it lives.
+            keep = HfDeepSpeedConfig(plan.deepspeed_config)
+            stack.enter_context(streamed_weights())
+        model: PreTrainedModel = auto_class.from_pretrained(
+            plan.recipe.model.model_name_or_path,
+            config=config,
+            attn_implementation=attention,
+            dtype=DTYPES[plan.recipe.training.precision],
+            trust_remote_code=False,
+        )
+        del keep
     return model
 
 

@@ -14,7 +14,7 @@ def uncounted_task_reason(recipe: Recipe) -> str | None:
         return "frozen weights have neither gradients nor optimizer states"
     if recipe.distillation is not None:
         return "the teacher is held besides"
-    if recipe.task == "preference":
+    if recipe.task in ("preference", "kto"):
         return "each sample is two texts, and a reference model may be held besides"
     if recipe.training.adversarial is not None:
         return "adversarial training runs the model more than once a step"

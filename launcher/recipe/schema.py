@@ -13,7 +13,9 @@ from launcher.recipe.task_sections import (
     AdapterSection,
     ClassificationSection,
     DistillationSection,
+    EmbeddingSection,
     ImageSection,
+    KtoSection,
     MaskedLanguageModellingSection,
     PreferenceSection,
     SequenceToSequenceSection,
@@ -519,6 +521,8 @@ class Recipe(Section):
     """Train added weights instead of the model's own; checkpoints then hold only what is trained."""
     distillation: DistillationSection | None = None
     """Learn from a teacher too, while training."""
+    embedding: EmbeddingSection = EmbeddingSection()
+    kto: KtoSection = KtoSection()
     masked_lm: MaskedLanguageModellingSection = MaskedLanguageModellingSection()
     preference: PreferenceSection = PreferenceSection()
     seq2seq: SequenceToSequenceSection = SequenceToSequenceSection()

@@ -148,3 +148,21 @@ class DistillationSection(Section):
     """Both models' logits are divided by it."""
     weight: float = Field(default=0.5, ge=0, le=1)
     """Share of the teacher in the loss; the rest is that of the true targets."""
+
+
+class KtoSection(Section):
+    """Of `kto`: how a model learns from answers that are called good or bad (arXiv 2402.01306)."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of staying near the reference: the model without its adapter, or a copy of it on every worker."""
+    desirable_weight: float = Field(default=1.0, ge=0)
+    """Weight of a good answer's loss."""
+    undesirable_weight: float = Field(default=1.0, ge=0)
+    """Weight of a bad one's. Between the sums of both kinds' weights 1:1 to 4:3 is advised."""
+
+
+class EmbeddingSection(Section):
+    """Of `sentence_embedding`."""
+
+    temperature: float = Field(default=0.05, gt=0)
+    """Cosines are divided by it before the softmax."""

@@ -39,10 +39,12 @@ class TaskEntry:
 TASKS = {
     "causal_lm": TaskEntry("launcher.tasks.causal_lm:CausalLanguageModelling", packed_text=True, generates=True),
     "image_classification": TaskEntry("launcher.tasks.image_classification:ImageClassification", tokens=False),
+    "kto": TaskEntry("launcher.tasks.kto:Kto", generates=True),
     "masked_lm": TaskEntry("launcher.tasks.masked_lm:MaskedLanguageModelling", encoder_tokens=True),
     "preference": TaskEntry("launcher.tasks.preference:Preference", generates=True),
     "question_answering": TaskEntry("launcher.tasks.question_answering:QuestionAnswering", encoder_tokens=True),
     "reward_model": TaskEntry("launcher.tasks.preference:RewardModel"),
+    "sentence_embedding": TaskEntry("launcher.tasks.sentence_embedding:SentenceEmbedding", encoder_tokens=True),
     "seq2seq_lm": TaskEntry("launcher.tasks.seq2seq_lm:SequenceToSequence", encoder_tokens=True),
     "sequence_classification": TaskEntry(
         "launcher.tasks.sequence_classification:SequenceClassification", encoder_tokens=True

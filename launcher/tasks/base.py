@@ -112,3 +112,11 @@ class Task(Protocol):
             samples: those samples, read when they are asked for.
         """
         return Metrics()
+
+    def answers(self, predictions: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
+        """Say what the model predicts of each sample, in words and numbers that JSON knows.
+
+        Args:
+            predictions: of one batch, by name, as `LossOutput` has them.
+        """
+        return []

@@ -183,6 +183,30 @@ def classification_loss(
     return LossOutput(loss_sum, counted.sum(), predictions=predictions)
 
 
+def classification_answers(
+    logits: NDArray[Any], section: ClassificationSection, facts: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """What a model says of each sample: a class or classes with all probabilities, or a number.
+
+    Args:
+        logits: [samples, classes], or [samples, 1] for regression.
+        section: kind of target.
+        facts: names of the classes.
+    """
+    if section.problem_type == "regression":
+        return [{"value": float(row[0])} for row in logits]
+    scores = torch.from_numpy(logits).double()
+    several = section.problem_type == "multi_label"
+    probabilities = (scores.sigmoid() if several else scores.softmax(dim=1)).tolist()
+    names = facts["labels"]
+    found = []
+    for row in probabilities:
+        by_name = dict(zip(names, row, strict=True))
+        chosen = [name for name in names if by_name[name] > 0.5] if several else max(names, key=by_name.__getitem__)
+        found.append({"labels" if several else "label": chosen, "probabilities": by_name})
+    return found
+
+
 def classification_metrics(
     predictions: Sequence[Mapping[str, NDArray[Any]]], section: ClassificationSection, facts: Mapping[str, Any]
 ) -> Metrics:

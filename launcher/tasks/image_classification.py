@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from launcher.planning.plan import Plan
 from launcher.recipe.schema import Recipe
 from launcher.tasks.augmentation import augment, mix
 from launcher.tasks.base import Batch, LossOutput, Metrics, Sample, Task
-from launcher.tasks.classification import Labels, class_weights, classification_loss, classification_metrics, is_counted
+from launcher.tasks.classification import (
+    Labels,
+    class_weights,
+    classification_answers,
+    classification_loss,
+    classification_metrics,
+    is_counted,
+)
 from launcher.tasks.sequence_classification import with_labels
 
 DEFAULT_SIZE = 224
@@ -188,3 +195,7 @@ class ImageClassification(Task):
     def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
         """Measure with scikit-learn."""
         return classification_metrics(predictions, self.section, self.facts)
+
+    def answers(self, predictions: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
+        """Class and probabilities of each sample."""
+        return classification_answers(predictions["logits"], self.section, self.facts)

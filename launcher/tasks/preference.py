@@ -159,13 +159,13 @@ class Preference(Task):
         """
         ids, labels = batch["input_ids"], batch["labels"]
         counted = counted_pairs(labels)
-        logits = _logits(model, ids)
-        log_probabilities = _sums(logits, labels)
+        logits = logits_of(model, ids)
+        log_probabilities = answer_sums(logits, labels)
         lengths = (labels[:, 1:] != IGNORED).sum(dim=1).clamp(min=1).chunk(2)
         reference = torch.zeros_like(log_probabilities)
         if self.section.method in ("dpo", "ipo"):
             with torch.no_grad(), self._reference(model) as fixed:
-                reference = _sums(_logits(fixed, ids), labels)
+                reference = answer_sums(logits_of(fixed, ids), labels)
         policy, other = log_probabilities.chunk(2), reference.chunk(2)
         losses = preference_losses(self.section, (policy[0], policy[1]), (other[0], other[1]), (lengths[0], lengths[1]))
         loss_sum = torch.where(counted, losses, 0.0).sum()
@@ -217,12 +217,13 @@ def _pair_metrics(predictions: list[dict[str, NDArray[Any]]]) -> Metrics:
     return Metrics({"reward_accuracy": sum(right) / len(right), "reward_margin": sum(margins) / len(margins)})
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    """Logits [rows, length, vocabulary] in fp32, without those of an adapter's prompt."""
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits[:, -ids.shape[1] :].float()
 
 
-def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+def answer_sums(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the log-probabilities of each row's labelled tokens, [rows]."""
     each = F.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"

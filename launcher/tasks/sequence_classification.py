@@ -1,6 +1,6 @@
 """Sequence classification: a class, several classes or a number for a text or a pair of texts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from launcher.tasks.base import Batch, LossOutput, Metrics, Sample, Task
 from launcher.tasks.classification import (
     Labels,
     class_weights,
+    classification_answers,
     classification_loss,
     classification_metrics,
     is_counted,
@@ -147,6 +148,10 @@ class SequenceClassification(Task):
     def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
         """Measure with scikit-learn."""
         return classification_metrics(predictions, self.section, self.facts)
+
+    def answers(self, predictions: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
+        """Class and probabilities of each sample."""
+        return classification_answers(predictions["logits"], self.section, self.facts)
 
 
 def with_labels(config: Any, problem_type: str, facts: Any) -> Any:

@@ -9,6 +9,7 @@ from cases import _context
 
 from launcher.data.store import PreparedData
 from launcher.planning.plan import Plan
+from launcher.tasks.sentence_embedding import contrastive_loss
 from launcher.training.loop import open_session
 from launcher.training.measuring import measure as measure_all
 
@@ -31,3 +32,16 @@ def measure(run_directory: str, data: str) -> dict[str, Any]:
         "values": metrics.values,
         "report": metrics.report,
     }
+
+
+def contrastive(places: list[Any], counted: list[bool], temperature: float) -> dict[str, Any]:
+    """The contrastive loss of this rank's half of the samples; its gradient by their places."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    part = len(counted) // size
+    own = torch.tensor(places)[:, rank * part : (rank + 1) * part].clone().requires_grad_()
+    anchors, *candidates = torch.nn.functional.normalize(own, dim=-1)
+    present = torch.tensor(counted)[rank * part : (rank + 1) * part]
+    loss = contrastive_loss(anchors, candidates, present, temperature)
+    loss.backward()
+    assert own.grad is not None
+    return {"loss": loss.item(), "gradient": own.grad.tolist()}

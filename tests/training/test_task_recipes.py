@@ -47,6 +47,12 @@ def of_pairs(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, 
     return 1 - metrics["eval_reward_accuracy"], 0.5
 
 
+def of_ranks(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
+    """Chance: the mean of 1/k over all places."""
+    total = sum(len(part) for part in prepared.split("validation"))
+    return 1 - metrics["eval_mean_reciprocal_rank"], 1 - 2 * sum(1 / place for place in range(1, total + 1)) / total
+
+
 def of_errors(margin: float) -> Callable[[dict[str, float], PreparedData], tuple[float, float]]:
     return lambda metrics, prepared: (1 - metrics["eval_accuracy"], 1 - metrics["eval_majority_accuracy"] - margin)
 
@@ -58,6 +64,7 @@ REACHED = [
     ("pretrain/masked-language-model", of_hidden_tokens, ()),
     ("finetune/supervised", of_completions, ("training.max_steps=60",)),
     ("finetune/preference", of_pairs, ("training.max_steps=50",)),
+    ("finetune/sentence-embedding", of_ranks, ()),
     ("finetune/sequence-to-sequence", of_targets, ("training.max_steps=60",)),
 ]
 

@@ -1,0 +1,423 @@
+"""Recipes out of other tools' files: Axolotl, LLaMA-Factory, `TrainingArguments` and DeepSpeed.
+
+What a file says is carried over where a recipe says the same; everything else is named, with the reason where there is
+one. The keys are those of Axolotl 0.10, LLaMA-Factory 0.9, transformers 5 and DeepSpeed 0.19.
+"""
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML, YAMLError
+
+from launcher.errors import ExpectedError
+
+Convert = Callable[[Any], Any]
+FILES = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+@dataclass
+class Imported:
+    """What another tool's file says, as a recipe.
+
+    Attributes:
+        tool: that the file is for.
+        recipe: sections and fields; not complete where the file does not say what a recipe must.
+        left_out: keys that could not be carried over, with the reason.
+        open: fields that must be filled in before the recipe runs.
+    """
+
+    tool: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    open: list[str] = field(default_factory=list)
+
+    def put(self, path: str, value: Any) -> None:
+        """Set a field by its dotted path."""
+        *sections, name = path.split(".")
+        section = self.recipe
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+
+    def yaml(self) -> str:
+        """The recipe's text; what is missing, and what was left out, stands in comments above it."""
+        lines = [f"# From {self.tool}."]
+        lines += [f"# To be filled in: {name}" for name in self.open]
+        lines += [f"# Not carried over: {key}: {reason}" for key, reason in self.left_out.items()]
+        stream = io.StringIO()
+        writer = YAML()
+        writer.default_flow_style = False
+        writer.dump(self.recipe, stream)
+        return "\n".join(lines) + "\n" + stream.getvalue()
+
+
+def import_file(path: Path) -> Imported:
+    """Read another tool's file; which tool's is told by its keys.
+
+    Raises:
+        ExpectedError: it cannot be read, or is no such file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else YAML(typ="safe").load(text)
+    except (OSError, ValueError, YAMLError) as error:
+        raise ExpectedError(f"cannot read {path}: {str(error).strip().splitlines()[0]}") from error
+    keys = set(content) if isinstance(content, dict) else set()
+    found: Imported | None = None
+    if keys & {"zero_optimization", "train_micro_batch_size_per_gpu", "train_batch_size"}:
+        found = from_deepspeed(content)
+    elif "base_model" in keys:
+        found = from_axolotl(content)
+    elif keys & {"stage", "finetuning_type", "cutoff_len"}:
+        found = from_llama_factory(content)
+    elif keys & {"per_device_train_batch_size", "output_dir"}:
+        found = from_training_arguments(content)
+    if found is None:
+        raise ExpectedError(
+            f"{path} is not known for a file of Axolotl (base_model), LLaMA-Factory (stage, finetuning_type), "
+            "TrainingArguments (per_device_train_batch_size) or DeepSpeed (zero_optimization)"
+        )
+    found.recipe = {"name": path.stem.replace(" ", "-"), **found.recipe}
+    sections = found.recipe
+    missing = {
+        "model.model_name_or_path": "model" in sections,
+        "data.sources": "sources" in sections.get("data", {}),
+        "data.sequence_length": "sequence_length" in sections.get("data", {}),
+        "training.max_steps or training.num_train_epochs": bool(
+            {"max_steps", "num_train_epochs"} & set(sections.get("training", {}))
+        ),
+    }
+    found.open += [name for name, there in missing.items() if not there]
+    return found
+
+
+def _positive(value: Any) -> Any:
+    """A count, where the tool writes -1 or 0 for none."""
+    return value if isinstance(value, int | float) and value > 0 else None
+
+
+def _steps(value: Any) -> Any:
+    """A number of steps; some tools take a share of all steps under the same name, which a recipe does not."""
+    return int(value) if isinstance(value, int | float) and value >= 1 else None
+
+
+def _length(value: Any) -> Any:
+    return int(value) if _positive(value) else None
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+_TRAINING: dict[str, tuple[str, Convert]] = {
+    "adam_beta1": ("optimizer.adam_beta1", _same),
+    "adam_beta2": ("optimizer.adam_beta2", _same),
+    "adam_epsilon": ("optimizer.adam_epsilon", float),
+    "eval_steps": ("evaluation.eval_steps", _steps),
+    "gradient_accumulation_steps": ("training.gradient_accumulation_steps", _steps),
+    "gradient_checkpointing": ("training.gradient_checkpointing", bool),
+    "greater_is_better": ("evaluation.greater_is_better", _same),
+    "learning_rate": ("training.learning_rate", float),
+    "logging_steps": ("logging.logging_steps", _steps),
+    "lr_scheduler_type": ("training.lr_scheduler_type", str),
+    "max_grad_norm": ("training.max_grad_norm", float),
+    "max_steps": ("training.max_steps", _length),
+    "save_steps": ("checkpoint.save_steps", _steps),
+    "save_total_limit": ("checkpoint.save_total_limit", _length),
+    "seed": ("seed", int),
+    "warmup_ratio": ("training.warmup_ratio", _positive),
+    "warmup_steps": ("training.warmup_steps", _steps),
+    "weight_decay": ("optimizer.weight_decay", float),
+}
+"""Names that all three of the training tools share with transformers' `TrainingArguments`."""
+
+TRAINING_ARGUMENTS: dict[str, tuple[str, Convert]] = {
+    **_TRAINING,
+    "num_train_epochs": ("training.num_train_epochs", _positive),
+    "per_device_train_batch_size": ("training.micro_batch_size", int),
+}
+AXOLOTL: dict[str, tuple[str, Convert]] = {
+    **_TRAINING,
+    "base_model": ("model.model_name_or_path", str),
+    "attn_implementation": ("model.attn_implementation", str),
+    "lr_scheduler": ("training.lr_scheduler_type", str),
+    "micro_batch_size": ("training.micro_batch_size", int),
+    "num_epochs": ("training.num_train_epochs", _positive),
+    "sequence_len": ("data.sequence_length", int),
+    "val_set_size": ("data.validation_fraction", lambda share: share if 0 < share < 1 else None),
+    "lora_r": ("adapter.r", int),
+    "lora_alpha": ("adapter.lora_alpha", float),
+    "lora_dropout": ("adapter.lora_dropout", float),
+    "lora_target_modules": ("adapter.target_modules", list),
+    "lora_modules_to_save": ("adapter.modules_to_save", list),
+    "tokenizer_config": ("tokenizer.tokenizer_name_or_path", str),
+}
+LLAMA_FACTORY: dict[str, tuple[str, Convert]] = {
+    **TRAINING_ARGUMENTS,
+    "model_name_or_path": ("model.model_name_or_path", str),
+    "cutoff_len": ("data.sequence_length", int),
+    "preprocessing_num_workers": ("data.preprocessing_num_workers", int),
+    "val_size": ("data.validation_fraction", lambda share: share if 0 < share < 1 else None),
+    "lora_rank": ("adapter.r", int),
+    "lora_alpha": ("adapter.lora_alpha", float),
+    "lora_dropout": ("adapter.lora_dropout", float),
+    "additional_target": ("adapter.modules_to_save", lambda text: [part.strip() for part in text.split(",")]),
+}
+DEEPSPEED: dict[str, tuple[str, Convert]] = {
+    "gradient_accumulation_steps": ("training.gradient_accumulation_steps", int),
+    "gradient_clipping": ("training.max_grad_norm", float),
+    "train_batch_size": ("training.global_batch_size", int),
+    "train_micro_batch_size_per_gpu": ("training.micro_batch_size", int),
+}
+
+
+def _carry(found: Imported, content: dict[str, Any], table: Mapping[str, tuple[str, Convert]]) -> None:
+    """Move what the table knows; `content` keeps the rest."""
+    for key, (path, convert) in table.items():
+        if key not in content:
+            continue
+        value = content.pop(key)
+        try:
+            made = None if value is None or value == "auto" else convert(value)
+        except (TypeError, ValueError):
+            found.left_out[key] = f"{value!r} is not understood"
+            continue
+        if made is not None:
+            found.put(path, made)
+        elif value not in (None, "auto", -1, 0, 0.0, ""):
+            found.left_out[key] = f"{value!r} has no counterpart in {path}"
+
+
+def _precision(found: Imported, content: dict[str, Any]) -> None:
+    bf16, fp16 = content.pop("bf16", None), content.pop("fp16", None)
+    found.put("training.precision", "bf16" if bf16 else "fp16" if fp16 else "fp32")
+
+
+_PLAIN_ADAMW = ("adamw", "adamw_hf", "adamw_torch", "adamw_torch_fused")
+
+
+def _optimizer(found: Imported, content: dict[str, Any], key: str) -> None:
+    name = str(content.pop(key, None) or "adamw")
+    if name == "sgd":
+        found.put("optimizer.type", "sgd")
+    elif name not in _PLAIN_ADAMW:
+        found.left_out[key] = f"{name!r}: adamw with states in fp32 is taken"
+
+
+def _rest(found: Imported, content: dict[str, Any], reasons: Mapping[str, str]) -> None:
+    """Name what was not carried over; what is switched off or empty needs no word."""
+    for key, value in content.items():
+        if key in reasons or value not in (None, False, "", [], {}, "no", "none"):
+            found.left_out.setdefault(key, reasons.get(key, "a recipe has no such field"))
+
+
+_DEFAULTS = {"adam_beta2": 0.999, "learning_rate": 5e-5, "lr_scheduler_type": "linear", "num_train_epochs": 3.0,
+             "per_device_train_batch_size": 8}  # fmt: skip
+"""What transformers takes where a file does not say, and a recipe would take something else."""
+
+_IGNORED: dict[str, Any] = {
+    "average_tokens_across_devices": True,
+    "dataloader_in_order": True,
+    "dataloader_pin_memory": True,
+    "ddp_timeout": 1800,
+    "eval_do_concat_batches": True,
+    "hub_strategy": "every_save",
+    "hub_token": "<HUB_TOKEN>",
+    "length_column_name": "length",
+    "local_rank": -1,
+    "log_level": "passive",
+    "log_level_replica": "warning",
+    "log_on_each_node": True,
+    "logging_nan_inf_filter": True,
+    "logging_strategy": "steps",
+    "per_device_eval_batch_size": 8,
+    "project": "huggingface",
+    "remove_unused_columns": True,
+    "save_strategy": "steps",
+    "skip_memory_metrics": True,
+    "train_sampling_strategy": "random",
+}
+"""What transformers writes for settings that nobody changed, and that are neither empty nor false."""
+
+_ELSEWHERE = {
+    "output_dir": "the run directory is named on the command line: zerofleet run --run-dir",
+    "report_to": "TensorBoard and metrics.jsonl are always written",
+    "deepspeed": "import that file by itself, or name it in deepspeed.config",
+    "logging_dir": "TensorBoard files are in the run directory",
+}
+
+
+def from_training_arguments(content: Mapping[str, Any]) -> Imported:
+    """From `TrainingArguments.to_json_string()`."""
+    found, rest = Imported("transformers' TrainingArguments"), {**_DEFAULTS, **content}
+    rest.pop("accelerator_config", None)
+    if not rest.get("fsdp"):
+        rest.pop("fsdp_config", None)
+    if _positive(rest.get("max_steps")):
+        rest.pop("num_train_epochs", None)  # which max_steps overrides
+    if _positive(rest.get("warmup_steps")):
+        rest.pop("warmup_ratio", None)
+    _carry(found, rest, TRAINING_ARGUMENTS)
+    _precision(found, rest)
+    _optimizer(found, rest, "optim")
+    _rest(found, {key: value for key, value in rest.items() if _IGNORED.get(key, _same) != value}, _ELSEWHERE)
+    return found
+
+
+def from_axolotl(content: Mapping[str, Any]) -> Imported:
+    """From an Axolotl YAML."""
+    found, rest = Imported("Axolotl"), {"adam_beta2": 0.999, "lr_scheduler": "cosine", **content}
+    kind = rest.pop("rl", None)
+    if kind in ("dpo", "ipo", "orpo", "simpo"):
+        found.recipe |= {"task": "preference", "preference": {"method": kind}}
+    elif kind == "kto":
+        found.put("task", "kto")
+    elif kind:
+        found.left_out["rl"] = f"{kind!r} is no kind of training here"
+    adapter = rest.pop("adapter", None)
+    if adapter == "lora":
+        found.put("adapter.method", "rslora" if rest.pop("peft_use_rslora", False) else "lora")
+    else:
+        for key in [key for key in rest if key.startswith("lora_")]:
+            found.left_out[key] = f"adapter is {adapter!r}"
+            rest.pop(key)
+        if adapter:
+            found.left_out["adapter"] = f"{adapter!r}: quantised weights are not trained here; lora is"
+    if rest.pop("flash_attention", False):
+        found.put("model.attn_implementation", "flash_attention_2")
+    packing = rest.pop("sample_packing", None)
+    chats = _axolotl_sources(found, rest.pop("datasets", None) or [])
+    if chats:
+        found.put("data.format", "chat")
+    elif packing is False and kind is None:
+        found.put("data.packing", "none")
+    if packing and chats:
+        found.left_out["sample_packing"] = "chats are one a sample"
+    if _positive(rest.get("max_steps")):
+        rest.pop("num_epochs", None)
+    _carry(found, rest, AXOLOTL)
+    _precision(found, rest)
+    _optimizer(found, rest, "optimizer")
+    _rest(found, rest, _ELSEWHERE)
+    return found
+
+
+def _axolotl_sources(found: Imported, datasets: list[Any]) -> bool:
+    """Sources of the data sets; returns whether they are chats."""
+    sources, chats = [], False
+    for number, one in enumerate(datasets):
+        rest = dict(one)
+        path, kind = str(rest.pop("path", "")), rest.pop("type", None)
+        files = rest.pop("data_files", None)
+        files = [files] if isinstance(files, str) else files
+        named = files or ([path] if Path(path).suffix in FILES else None)
+        source: dict[str, Any] = {"type": "hub", "path": path}
+        if named:
+            source = {"type": rest.pop("ds_type", None) or FILES.get(Path(named[0]).suffix, "json"), "files": named}
+        else:
+            source |= {key: rest.pop(key) for key in ("name", "split") if key in rest}
+        if kind == "chat_template":
+            chats = True
+            column = rest.pop("field_messages", "messages")
+            source |= {} if column == "messages" else {"columns": {"messages": column}}
+        elif kind == "completion":
+            source |= {"text_column": rest.pop("field", "text")}
+        else:
+            found.left_out[f"datasets.{number}.type"] = f"{kind!r}: name the columns in data.sources"
+        for key in rest:
+            found.left_out[f"datasets.{number}.{key}"] = "a source has no such field"
+        sources.append(source)
+    if sources:
+        found.put("data.sources", sources)
+    return chats
+
+
+def from_llama_factory(content: Mapping[str, Any]) -> Imported:
+    """From a LLaMA-Factory YAML."""
+    found, rest = Imported("LLaMA-Factory"), {**_DEFAULTS, **content}
+    rest.setdefault("lora_alpha", 2 * rest.get("lora_rank", 8))
+    stage, method = rest.pop("stage", "sft"), rest.pop("finetuning_type", "lora")
+    losses = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+    loss, beta = rest.pop("pref_loss", "sigmoid"), rest.pop("pref_beta", None)
+    if stage == "dpo" and loss in losses:
+        found.recipe |= {"task": "preference", "preference": {"method": losses[loss]}}
+    elif stage in ("kto", "rm"):
+        found.put("task", {"kto": "kto", "rm": "reward_model"}[stage])
+    elif stage == "sft":
+        found.put("data.format", "chat")
+    elif stage != "pt":
+        found.left_out["stage"] = f"{stage!r}{f' with {loss!r}' if stage == 'dpo' else ''} is no kind of training here"
+    if beta is not None and stage in ("dpo", "kto"):
+        found.put("preference.beta" if stage == "dpo" else "kto.beta", float(beta))
+    targets = rest.pop("lora_target", "all")
+    if method == "lora":
+        found.put("adapter.method", "dora" if rest.pop("use_dora", False) else "lora")
+        if targets == "all":
+            found.left_out["lora_target"] = "'all': peft's own choice for the family is taken, or name the modules"
+        else:
+            found.put("adapter.target_modules", [part.strip() for part in targets.split(",")])
+    else:
+        for key in [key for key in rest if key.startswith("lora_")]:
+            rest.pop(key)
+    if method not in ("lora", "full"):
+        found.left_out["finetuning_type"] = f"{method!r}: name frozen weights in model.freeze"
+    if rest.pop("flash_attn", None) == "fa2":
+        found.put("model.attn_implementation", "flash_attention_2")
+    if _positive(rest.get("max_steps")):
+        rest.pop("num_train_epochs", None)
+    _carry(found, rest, LLAMA_FACTORY)
+    _precision(found, rest)
+    _optimizer(found, rest, "optim")
+    reasons = {
+        "dataset": "its names stand in dataset_info.json; name the files in data.sources",
+        "template": "the tokenizer's own chat template is used; tokenizer.chat_template names another one",
+    }
+    _rest(found, rest, {**_ELSEWHERE, **reasons})
+    return found
+
+
+def from_deepspeed(content: Mapping[str, Any]) -> Imported:
+    """From a DeepSpeed JSON: what a recipe owns into its fields, the rest into `deepspeed.overrides`."""
+    found, rest = Imported("DeepSpeed"), dict(content)
+    _carry(found, rest, DEEPSPEED)
+    for precision in ("bf16", "fp16"):
+        section = rest.get(precision) or {}
+        if section.get("enabled") is True:
+            found.put("training.precision", precision)
+        if precision in rest:
+            extra = {key: value for key, value in rest.pop(precision).items() if key != "enabled" and value != "auto"}
+            if extra and section.get("enabled") is True:
+                found.put(f"deepspeed.overrides.{precision}", extra)
+    zero = dict(rest.pop("zero_optimization", None) or {})
+    found.put("zero.stage", zero.pop("stage", 0))
+    for name in ("offload_optimizer", "offload_param"):
+        device = dict(zero.pop(name, None) or {}).get("device", "none")
+        if device == "cpu":
+            found.put(f"zero.{name}", "cpu")
+        elif device != "none":
+            found.left_out[f"zero_optimization.{name}"] = f"device {device!r}; cpu is what there is"
+    section = rest.pop("optimizer", None) or {}
+    if "adam" not in str(section.get("type", "AdamW")).lower():
+        found.left_out["optimizer.type"] = f"{section['type']!r}; there are adamw and sgd"
+    optimizer = dict(section.get("params") or {})
+    betas = optimizer.pop("betas", None)
+    if isinstance(betas, list):
+        optimizer |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
+    optimizer |= {new: optimizer.pop(old) for old, new in _OPTIMIZER.items() if old in optimizer}
+    _carry(found, optimizer, _TRAINING)
+    _rest(found, {f"optimizer.params.{key}": value for key, value in optimizer.items()}, {})
+    if rest.pop("scheduler", None):
+        found.left_out["scheduler"] = "set training.lr_scheduler_type and warmup_steps"
+    overrides = {key: value for key, value in rest.items() if value != "auto"}
+    if kept := {key: value for key, value in zero.items() if value != "auto"}:
+        overrides["zero_optimization"] = kept
+    for key, value in overrides.items():
+        found.put(f"deepspeed.overrides.{key}", value)
+    return found
+
+
+_OPTIMIZER = {"lr": "learning_rate", "eps": "adam_epsilon"}
