@@ -4,55 +4,67 @@ What a file says is carried over where a recipe says the same; everything else i
 one. The keys are those of Axolotl 0.10, LLaMA-Factory 0.9, transformers 5 and DeepSpeed 0.19.
 """
 
-import io
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from launcher.errors import ExpectedError
+from launcher.recipe.imported import (
+    AXOLOTL,
+    DEEPSPEED,
+    LLAMA_FACTORY,
+    TRAINING,
+    TRAINING_ARGUMENTS,
+    Imported,
+    carry,
+    name_the_rest,
+    positive,
+    put_optimizer,
+    put_precision,
+    same,
+)
 
-Convert = Callable[[Any], Any]
 FILES = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
-@dataclass
-class Imported:
-    """What another tool's file says, as a recipe.
+_DEFAULTS = {"adam_beta2": 0.999, "learning_rate": 5e-5, "lr_scheduler_type": "linear", "num_train_epochs": 3.0,
+             "per_device_train_batch_size": 8}  # fmt: skip
+"""What transformers takes where a file does not say, and a recipe would take something else."""
 
-    Attributes:
-        tool: that the file is for.
-        recipe: sections and fields; not complete where the file does not say what a recipe must.
-        left_out: keys that could not be carried over, with the reason.
-        open: fields that must be filled in before the recipe runs.
-    """
+_IGNORED: dict[str, Any] = {
+    "average_tokens_across_devices": True,
+    "dataloader_in_order": True,
+    "dataloader_pin_memory": True,
+    "ddp_timeout": 1800,
+    "eval_do_concat_batches": True,
+    "hub_strategy": "every_save",
+    "hub_token": "<HUB_TOKEN>",
+    "length_column_name": "length",
+    "local_rank": -1,
+    "log_level": "passive",
+    "log_level_replica": "warning",
+    "log_on_each_node": True,
+    "logging_nan_inf_filter": True,
+    "logging_strategy": "steps",
+    "per_device_eval_batch_size": 8,
+    "project": "huggingface",
+    "remove_unused_columns": True,
+    "save_strategy": "steps",
+    "skip_memory_metrics": True,
+    "train_sampling_strategy": "random",
+}
+"""What transformers writes for settings that nobody changed, and that are neither empty nor false."""
 
-    tool: str
-    recipe: dict[str, Any] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    open: list[str] = field(default_factory=list)
-
-    def put(self, path: str, value: Any) -> None:
-        """Set a field by its dotted path."""
-        *sections, name = path.split(".")
-        section = self.recipe
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[name] = value
-
-    def yaml(self) -> str:
-        """The recipe's text; what is missing, and what was left out, stands in comments above it."""
-        lines = [f"# From {self.tool}."]
-        lines += [f"# To be filled in: {name}" for name in self.open]
-        lines += [f"# Not carried over: {key}: {reason}" for key, reason in self.left_out.items()]
-        stream = io.StringIO()
-        writer = YAML()
-        writer.default_flow_style = False
-        writer.dump(self.recipe, stream)
-        return "\n".join(lines) + "\n" + stream.getvalue()
+_ELSEWHERE = {
+    "output_dir": "the run directory is named on the command line: zerofleet run --run-dir",
+    "report_to": "TensorBoard and metrics.jsonl are always written",
+    "deepspeed": "import that file by itself, or name it in deepspeed.config",
+    "logging_dir": "TensorBoard files are in the run directory",
+}
 
 
 def import_file(path: Path) -> Imported:
@@ -95,176 +107,20 @@ def import_file(path: Path) -> Imported:
     return found
 
 
-def _positive(value: Any) -> Any:
-    """A count, where the tool writes -1 or 0 for none."""
-    return value if isinstance(value, int | float) and value > 0 else None
-
-
-def _steps(value: Any) -> Any:
-    """A number of steps; some tools take a share of all steps under the same name, which a recipe does not."""
-    return int(value) if isinstance(value, int | float) and value >= 1 else None
-
-
-def _length(value: Any) -> Any:
-    return int(value) if _positive(value) else None
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-_TRAINING: dict[str, tuple[str, Convert]] = {
-    "adam_beta1": ("optimizer.adam_beta1", _same),
-    "adam_beta2": ("optimizer.adam_beta2", _same),
-    "adam_epsilon": ("optimizer.adam_epsilon", float),
-    "eval_steps": ("evaluation.eval_steps", _steps),
-    "gradient_accumulation_steps": ("training.gradient_accumulation_steps", _steps),
-    "gradient_checkpointing": ("training.gradient_checkpointing", bool),
-    "greater_is_better": ("evaluation.greater_is_better", _same),
-    "learning_rate": ("training.learning_rate", float),
-    "logging_steps": ("logging.logging_steps", _steps),
-    "lr_scheduler_type": ("training.lr_scheduler_type", str),
-    "max_grad_norm": ("training.max_grad_norm", float),
-    "max_steps": ("training.max_steps", _length),
-    "save_steps": ("checkpoint.save_steps", _steps),
-    "save_total_limit": ("checkpoint.save_total_limit", _length),
-    "seed": ("seed", int),
-    "warmup_ratio": ("training.warmup_ratio", _positive),
-    "warmup_steps": ("training.warmup_steps", _steps),
-    "weight_decay": ("optimizer.weight_decay", float),
-}
-"""Names that all three of the training tools share with transformers' `TrainingArguments`."""
-
-TRAINING_ARGUMENTS: dict[str, tuple[str, Convert]] = {
-    **_TRAINING,
-    "num_train_epochs": ("training.num_train_epochs", _positive),
-    "per_device_train_batch_size": ("training.micro_batch_size", int),
-}
-AXOLOTL: dict[str, tuple[str, Convert]] = {
-    **_TRAINING,
-    "base_model": ("model.model_name_or_path", str),
-    "attn_implementation": ("model.attn_implementation", str),
-    "lr_scheduler": ("training.lr_scheduler_type", str),
-    "micro_batch_size": ("training.micro_batch_size", int),
-    "num_epochs": ("training.num_train_epochs", _positive),
-    "sequence_len": ("data.sequence_length", int),
-    "val_set_size": ("data.validation_fraction", lambda share: share if 0 < share < 1 else None),
-    "lora_r": ("adapter.r", int),
-    "lora_alpha": ("adapter.lora_alpha", float),
-    "lora_dropout": ("adapter.lora_dropout", float),
-    "lora_target_modules": ("adapter.target_modules", list),
-    "lora_modules_to_save": ("adapter.modules_to_save", list),
-    "tokenizer_config": ("tokenizer.tokenizer_name_or_path", str),
-}
-LLAMA_FACTORY: dict[str, tuple[str, Convert]] = {
-    **TRAINING_ARGUMENTS,
-    "model_name_or_path": ("model.model_name_or_path", str),
-    "cutoff_len": ("data.sequence_length", int),
-    "preprocessing_num_workers": ("data.preprocessing_num_workers", int),
-    "val_size": ("data.validation_fraction", lambda share: share if 0 < share < 1 else None),
-    "lora_rank": ("adapter.r", int),
-    "lora_alpha": ("adapter.lora_alpha", float),
-    "lora_dropout": ("adapter.lora_dropout", float),
-    "additional_target": ("adapter.modules_to_save", lambda text: [part.strip() for part in text.split(",")]),
-}
-DEEPSPEED: dict[str, tuple[str, Convert]] = {
-    "gradient_accumulation_steps": ("training.gradient_accumulation_steps", int),
-    "gradient_clipping": ("training.max_grad_norm", float),
-    "train_batch_size": ("training.global_batch_size", int),
-    "train_micro_batch_size_per_gpu": ("training.micro_batch_size", int),
-}
-
-
-def _carry(found: Imported, content: dict[str, Any], table: Mapping[str, tuple[str, Convert]]) -> None:
-    """Move what the table knows; `content` keeps the rest."""
-    for key, (path, convert) in table.items():
-        if key not in content:
-            continue
-        value = content.pop(key)
-        try:
-            made = None if value is None or value == "auto" else convert(value)
-        except (TypeError, ValueError):
-            found.left_out[key] = f"{value!r} is not understood"
-            continue
-        if made is not None:
-            found.put(path, made)
-        elif value not in (None, "auto", -1, 0, 0.0, ""):
-            found.left_out[key] = f"{value!r} has no counterpart in {path}"
-
-
-def _precision(found: Imported, content: dict[str, Any]) -> None:
-    bf16, fp16 = content.pop("bf16", None), content.pop("fp16", None)
-    found.put("training.precision", "bf16" if bf16 else "fp16" if fp16 else "fp32")
-
-
-_PLAIN_ADAMW = ("adamw", "adamw_hf", "adamw_torch", "adamw_torch_fused")
-
-
-def _optimizer(found: Imported, content: dict[str, Any], key: str) -> None:
-    name = str(content.pop(key, None) or "adamw")
-    if name == "sgd":
-        found.put("optimizer.type", "sgd")
-    elif name not in _PLAIN_ADAMW:
-        found.left_out[key] = f"{name!r}: adamw with states in fp32 is taken"
-
-
-def _rest(found: Imported, content: dict[str, Any], reasons: Mapping[str, str]) -> None:
-    """Name what was not carried over; what is switched off or empty needs no word."""
-    for key, value in content.items():
-        if key in reasons or value not in (None, False, "", [], {}, "no", "none"):
-            found.left_out.setdefault(key, reasons.get(key, "a recipe has no such field"))
-
-
-_DEFAULTS = {"adam_beta2": 0.999, "learning_rate": 5e-5, "lr_scheduler_type": "linear", "num_train_epochs": 3.0,
-             "per_device_train_batch_size": 8}  # fmt: skip
-"""What transformers takes where a file does not say, and a recipe would take something else."""
-
-_IGNORED: dict[str, Any] = {
-    "average_tokens_across_devices": True,
-    "dataloader_in_order": True,
-    "dataloader_pin_memory": True,
-    "ddp_timeout": 1800,
-    "eval_do_concat_batches": True,
-    "hub_strategy": "every_save",
-    "hub_token": "<HUB_TOKEN>",
-    "length_column_name": "length",
-    "local_rank": -1,
-    "log_level": "passive",
-    "log_level_replica": "warning",
-    "log_on_each_node": True,
-    "logging_nan_inf_filter": True,
-    "logging_strategy": "steps",
-    "per_device_eval_batch_size": 8,
-    "project": "huggingface",
-    "remove_unused_columns": True,
-    "save_strategy": "steps",
-    "skip_memory_metrics": True,
-    "train_sampling_strategy": "random",
-}
-"""What transformers writes for settings that nobody changed, and that are neither empty nor false."""
-
-_ELSEWHERE = {
-    "output_dir": "the run directory is named on the command line: zerofleet run --run-dir",
-    "report_to": "TensorBoard and metrics.jsonl are always written",
-    "deepspeed": "import that file by itself, or name it in deepspeed.config",
-    "logging_dir": "TensorBoard files are in the run directory",
-}
-
-
 def from_training_arguments(content: Mapping[str, Any]) -> Imported:
     """From `TrainingArguments.to_json_string()`."""
     found, rest = Imported("transformers' TrainingArguments"), {**_DEFAULTS, **content}
     rest.pop("accelerator_config", None)
     if not rest.get("fsdp"):
         rest.pop("fsdp_config", None)
-    if _positive(rest.get("max_steps")):
+    if positive(rest.get("max_steps")):
         rest.pop("num_train_epochs", None)  # which max_steps overrides
-    if _positive(rest.get("warmup_steps")):
+    if positive(rest.get("warmup_steps")):
         rest.pop("warmup_ratio", None)
-    _carry(found, rest, TRAINING_ARGUMENTS)
-    _precision(found, rest)
-    _optimizer(found, rest, "optim")
-    _rest(found, {key: value for key, value in rest.items() if _IGNORED.get(key, _same) != value}, _ELSEWHERE)
+    carry(found, rest, TRAINING_ARGUMENTS)
+    put_precision(found, rest)
+    put_optimizer(found, rest, "optim")
+    name_the_rest(found, {key: value for key, value in rest.items() if _IGNORED.get(key, same) != value}, _ELSEWHERE)
     return found
 
 
@@ -297,12 +153,12 @@ def from_axolotl(content: Mapping[str, Any]) -> Imported:
         found.put("data.packing", "none")
     if packing and chats:
         found.left_out["sample_packing"] = "chats are one a sample"
-    if _positive(rest.get("max_steps")):
+    if positive(rest.get("max_steps")):
         rest.pop("num_epochs", None)
-    _carry(found, rest, AXOLOTL)
-    _precision(found, rest)
-    _optimizer(found, rest, "optimizer")
-    _rest(found, rest, _ELSEWHERE)
+    carry(found, rest, AXOLOTL)
+    put_precision(found, rest)
+    put_optimizer(found, rest, "optimizer")
+    name_the_rest(found, rest, _ELSEWHERE)
     return found
 
 
@@ -367,23 +223,23 @@ def from_llama_factory(content: Mapping[str, Any]) -> Imported:
         found.left_out["finetuning_type"] = f"{method!r}: name frozen weights in model.freeze"
     if rest.pop("flash_attn", None) == "fa2":
         found.put("model.attn_implementation", "flash_attention_2")
-    if _positive(rest.get("max_steps")):
+    if positive(rest.get("max_steps")):
         rest.pop("num_train_epochs", None)
-    _carry(found, rest, LLAMA_FACTORY)
-    _precision(found, rest)
-    _optimizer(found, rest, "optim")
+    carry(found, rest, LLAMA_FACTORY)
+    put_precision(found, rest)
+    put_optimizer(found, rest, "optim")
     reasons = {
         "dataset": "its names stand in dataset_info.json; name the files in data.sources",
         "template": "the tokenizer's own chat template is used; tokenizer.chat_template names another one",
     }
-    _rest(found, rest, {**_ELSEWHERE, **reasons})
+    name_the_rest(found, rest, {**_ELSEWHERE, **reasons})
     return found
 
 
 def from_deepspeed(content: Mapping[str, Any]) -> Imported:
     """From a DeepSpeed JSON: what a recipe owns into its fields, the rest into `deepspeed.overrides`."""
     found, rest = Imported("DeepSpeed"), dict(content)
-    _carry(found, rest, DEEPSPEED)
+    carry(found, rest, DEEPSPEED)
     for precision in ("bf16", "fp16"):
         section = rest.get(precision) or {}
         if section.get("enabled") is True:
@@ -408,8 +264,8 @@ def from_deepspeed(content: Mapping[str, Any]) -> Imported:
     if isinstance(betas, list):
         optimizer |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
     optimizer |= {new: optimizer.pop(old) for old, new in _OPTIMIZER.items() if old in optimizer}
-    _carry(found, optimizer, _TRAINING)
-    _rest(found, {f"optimizer.params.{key}": value for key, value in optimizer.items()}, {})
+    carry(found, optimizer, TRAINING)
+    name_the_rest(found, {f"optimizer.params.{key}": value for key, value in optimizer.items()}, {})
     if rest.pop("scheduler", None):
         found.left_out["scheduler"] = "set training.lr_scheduler_type and warmup_steps"
     overrides = {key: value for key, value in rest.items() if value != "auto"}
