@@ -1,8 +1,6 @@
 """From a checkpoint's files, in whatever layout they were saved, to whole weights under transformers' names."""
 
-import re
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +8,10 @@ import torch
 from torch import Tensor
 
 from launcher.errors import CheckpointError
-from launcher.models.parallel import ROW
 from launcher.models.pieces import transformers_name
 from launcher.planning.layout import Layout
 from launcher.training.checkpoint_files import read_state
-
-_ROW = "parameter_with_row_parallelism_patterns"
-_REPLICATED = "tp_replicated_parameter_patterns"
+from launcher.training.joining import joined, pipeline_patterns
 
 
 def trained_state_dict(folder: Path, zero_stage: int) -> dict[str, Any]:
@@ -68,18 +63,18 @@ def _pipeline_state_dict(folder: Path, layout: Layout) -> dict[str, Any]:
     layers: dict[int, list[dict[str, Tensor]]] = {}
     for path in sorted(folder.glob("layer_*-model_states.pt")):
         layers.setdefault(int(path.name[6:].partition("-")[0]), []).append(read_state(path))
-    row = "|".join(ROW)
-    patterns = {_ROW: [rf".*\.({row})\.weight$"], _REPLICATED: [r"norm\.", r".*norm\.", rf".*\.({row})\.bias$"]}
-    if any("head.weight" in part for parts in layers.values() for part in parts):
-        patterns[_REPLICATED].append(r"embedding\.")  # an embedding that is not the head too
+    named = {
+        index: [{transformers_name(f"{index}.{name}"): tensor for name, tensor in part.items()} for part in parts]
+        for index, parts in layers.items()
+    }
+    patterns = pipeline_patterns({name for parts in named.values() for part in parts for name in part})
     whole: dict[str, Any] = {}
-    for index, parts in layers.items():
+    for index, parts in named.items():
         if len(parts) != layout.tensor_parallel_size:
             raise CheckpointError(
                 f"{folder} holds {len(parts)} parts of layer {index} for {layout.tensor_parallel_size} ranks"
             )
-        layer = joined(parts, patterns) if len(parts) > 1 else parts[0]
-        whole |= {transformers_name(f"{index}.{name}"): tensor for name, tensor in layer.items()}
+        whole |= joined(parts, patterns) if len(parts) > 1 else parts[0]
     return whole
 
 
@@ -129,27 +124,3 @@ def _partition_patterns(folder: Path) -> dict[str, Any]:
     if not patterns:
         raise CheckpointError(f"checkpoint {folder} does not say how its tensor-parallel ranks split the weights")
     return patterns
-
-
-def joined(parts: Sequence[Mapping[str, Tensor]], patterns: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Put the shards of tensor-parallel ranks together.
-
-    Args:
-        parts: state of each tensor-parallel rank, in order.
-        patterns: DeepSpeed's `universal_checkpoint_info`: regular expressions of the names of replicated parameters and
-            of those split along the input dimension; all others are split along the first.
-    """
-    whole = {}
-    for name, first in parts[0].items():
-        if any(name not in part for part in parts):
-            continue  # the other name of a tied weight, which DeepSpeed writes down on one rank only
-        if _matches(name, patterns.get(_REPLICATED, ())):
-            whole[name] = first
-        else:
-            dim = 1 if _matches(name, patterns.get(_ROW, ())) else 0
-            whole[name] = torch.cat([part[name] for part in parts], dim=dim)
-    return whole
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(re.match(pattern, name) for pattern in patterns)

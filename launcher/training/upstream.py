@@ -189,22 +189,46 @@ def loading_only_data() -> Iterator[None]:
 
 
 @contextmanager
-def loading_universal(engine: Any) -> Iterator[None]:
+def loading_universal(engine: Any, names: dict[torch.nn.Parameter, str]) -> Iterator[None]:
     """Let `engine.load_checkpoint` read the universal form, as data only and through the memory map.
 
     DeepSpeed reads the form with `torch.load` itself, every file whole on every rank
-    (`runtime/zero/stage3.py: load_hp_checkpoint_state_from_checkpoint_dir_stage3`); mapped, a rank reads its part.
+    (`runtime/zero/stage3.py: load_hp_checkpoint_state_from_checkpoint_dir_stage3`); mapped, a rank reads its part. It
+    looks for parameters under the engine's names, which in a pipeline count its layers (`optimizer.param_names`).
+
+    Args:
+        engine: to load into.
+        names: under which the form has each parameter of this rank.
     """
     from torch.utils.serialization import config
 
     engine._config.load_universal_checkpoint = True
     mapped, config.load.mmap = config.load.mmap, True
+    own_names, engine.optimizer.param_names = engine.optimizer.param_names, names
     try:
         with loading_only_data():
             yield
     finally:
         engine._config.load_universal_checkpoint = False
         config.load.mmap = mapped
+        engine.optimizer.param_names = own_names
+
+
+def tensor_parallel_part(parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """This tensor-parallel rank's part of a whole parameter, or of one of its optimizer states.
+
+    As DeepSpeed itself cuts it for ZeRO 1 to 3 (`checkpoint/universal_checkpoint.py: load_hp_checkpoint_state`): by
+    what AutoTP noted at the parameter; one without a note is whole on every rank.
+    """
+    from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
+    from deepspeed.checkpoint.universal_checkpoint import _resolve_autotp_partition
+    from deepspeed.utils import groups
+
+    if not hasattr(parameter, DS_AUTOTP_UC_META):
+        return whole
+    rank, size = groups.get_tensor_model_parallel_rank(), groups.get_tensor_model_parallel_world_size()
+    part: torch.Tensor = _resolve_autotp_partition(parameter, {}, whole, rank, size)
+    return part.view(parameter.shape)
 
 
 def mend_optimizer_after_universal_load(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
