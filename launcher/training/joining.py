@@ -1,12 +1,14 @@
 """How tensor-parallel ranks divide a model's weights, and putting their parts together."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from launcher.errors import CheckpointError
 from launcher.models.parallel import ROW
 
 _ROW = "parameter_with_row_parallelism_patterns"
@@ -26,6 +28,18 @@ def pipeline_patterns(names: Collection[str]) -> dict[str, Any]:
     return patterns
 
 
+def split_patterns(folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What DeepSpeed wrote down of AutoTP's split into a checkpoint's model states.
+
+    Raises:
+        CheckpointError: it wrote nothing.
+    """
+    patterns: dict[str, Any] | None = state.get("universal_checkpoint_info")
+    if not patterns:
+        raise CheckpointError(f"checkpoint {folder} does not say how its tensor-parallel ranks split the weights")
+    return patterns
+
+
 def divided_dimension(name: str, patterns: Mapping[str, Any]) -> int | None:
     """Along which dimension the ranks divide a weight; `None` when each of them has it whole.
 
@@ -39,20 +53,21 @@ def divided_dimension(name: str, patterns: Mapping[str, Any]) -> int | None:
     return 1 if _matches(name, patterns.get(_ROW, ())) else 0
 
 
-def joined(parts: Sequence[Mapping[str, Tensor]], patterns: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Put the shards of tensor-parallel ranks together.
+def joined(parts: Sequence[Mapping[str, Tensor]], patterns: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Put the parts of tensor-parallel ranks together, a weight at a time.
 
     Args:
         parts: state of each tensor-parallel rank, in order.
         patterns: as for `divided_dimension`.
     """
-    whole = {}
-    for name, first in parts[0].items():
-        if any(name not in part for part in parts):
-            continue  # the other name of a tied weight, which DeepSpeed writes down on one rank only
-        dim = divided_dimension(name, patterns)
-        whole[name] = first if dim is None else torch.cat([part[name] for part in parts], dim=dim)
-    return whole
+    for name in parts[0]:
+        if all(name in part for part in parts):  # the other name of a tied weight is written down on one rank only
+            yield name, whole([part[name] for part in parts], divided_dimension(name, patterns))
+
+
+def whole(parts: Sequence[Tensor], dim: int | None) -> Tensor:
+    """One weight, of each tensor-parallel rank's part of it; `dim` as from `divided_dimension`."""
+    return parts[0] if dim is None else torch.cat(list(parts), dim)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -55,7 +55,7 @@ class Shards:
         optimizer: what the optimizer keeps that is not by parameter: its groups' options, the loss scale.
         model_state: DeepSpeed's record of schedule and counters.
         extras: buffers and frozen parameters, by the engine's name.
-        patterns: what DeepSpeed wrote down of the tensor-parallel split; empty without one.
+        written: all of DeepSpeed's record; its tensors must not be kept.
 
     Raises:
         CheckpointError: a file cannot be read, or does not hold what DeepSpeed writes.
@@ -67,7 +67,8 @@ class Shards:
         self.shapes: dict[str, torch.Size] = {}
         self._flat: list[list[dict[str, Any]]] = []
         self._fragments: dict[str, list[Fragment]] = {}
-        ranks = manifest.layout.data_parallel_size
+        # ZeRO spreads the states of ranks that share sequences too.
+        ranks = manifest.layout.data_parallel_size * manifest.layout.sequence_parallel_size
         stage = manifest.zero_stage
         try:
             if stage == 0:
@@ -102,7 +103,7 @@ class Shards:
         for shard, optimizer in enumerate(optimizers):
             states = optimizer["base_optimizer_state"]["state"]
             weights = optimizer["single_partition_of_fp32_groups"]
-            self._flat.append([{"fp32": flat, **states[group]} for group, flat in enumerate(weights)])
+            self._flat.append([{"fp32": flat, **states.get(group, {})} for group, flat in enumerate(weights)])
             for group, mapping in enumerate(optimizer["param_slice_mappings"]):
                 for name, address in mapping.items():
                     self._fragments.setdefault(name, []).append(Fragment(shard, group, address.start, address.numel))
@@ -117,7 +118,7 @@ class Shards:
         for shard, optimizer in enumerate(optimizers):
             inner = optimizer["optimizer_state_dict"]["state"]
             weights = optimizer["fp32_flat_groups"]
-            self._flat.append([{"fp32": flat, **inner[group]} for group, flat in enumerate(weights)])
+            self._flat.append([{"fp32": flat, **inner.get(group, {})} for group, flat in enumerate(weights)])
             for group, shapes in enumerate(states[0]["param_shapes"]):
                 start = 0
                 for name, shape in shapes.items():
@@ -136,7 +137,7 @@ class Shards:
             self.shapes |= shapes
 
     def _keep_common(self, state: Any, groups: list[Any], optimizer: Any) -> None:
-        self.patterns: dict[str, Any] = state.get("universal_checkpoint_info") or {}
+        self.written = state
         kept = {key: value for key, value in state.items() if key not in DROPPED}
         self.model_state = kept | {"module": {}, "mp_world_size": 1}  # the universal form has one file for all ranks
         scale = {key: optimizer[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow") if key in optimizer}
@@ -149,11 +150,15 @@ class Shards:
         return {name: tensor for name, tensor in module.items() if name not in self.shapes and name not in aliases}
 
     def tensor(self, name: str, key: str) -> torch.Tensor:
-        """A parameter's state, as this model-parallel rank has it; contiguous, fp32."""
-        parts = [
-            self._flat[fragment.shard][fragment.group][key].narrow(0, fragment.start, fragment.numel)
-            for fragment in self._fragments[name]
-        ]
+        """A parameter's state, as this model-parallel rank has it; contiguous, fp32.
+
+        Raises:
+            CheckpointError: another optimizer than AdamW trained it.
+        """
+        flats = [(self._flat[fragment.shard][fragment.group], fragment) for fragment in self._fragments[name]]
+        if any(key not in flat for flat, _ in flats):
+            raise CheckpointError(f"{self.folder} does not hold {key} of {name}, which AdamW keeps")
+        parts = [flat[key].narrow(0, fragment.start, fragment.numel) for flat, fragment in flats]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
         return whole.view(self.shapes[name]).float()
 

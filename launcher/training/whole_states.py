@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from launcher.checkpoints.manifest import Manifest
-from launcher.errors import CheckpointError
 from launcher.models.pieces import transformers_name
-from launcher.training.joining import divided_dimension, pipeline_patterns
+from launcher.training.joining import divided_dimension, pipeline_patterns, split_patterns, whole
 from launcher.training.shards import Shards
 
 
@@ -41,10 +40,10 @@ class WholeStates:
             for own in ranks[0].shapes:
                 # A weight that is tied to another stage's has the same values there.
                 self._places.setdefault(transformers_name(own) if len(stages) > 1 else own, (ranks, own))
-        patterns = pipeline_patterns(self._places) if len(stages) > 1 else self.first.patterns
-        if width > 1 and not patterns:
-            raise CheckpointError(f"{folder} does not say how its tensor-parallel ranks split the weights")
-        self._dims = {name: divided_dimension(name, patterns) if width > 1 else None for name in self._places}
+        self._dims: dict[str, int | None] = dict.fromkeys(self._places)
+        if width > 1:
+            split = split_patterns(folder, self.first.written) if len(stages) == 1 else pipeline_patterns(self._places)
+            self._dims = {name: divided_dimension(name, split) for name in self._places}
         self.shapes = {name: self._shape(name) for name in self._places}
         self.extras = self.first.extras
         if width > 1:  # where nothing is frozen; what is left besides buffers is the other name of a tied weight
@@ -62,7 +61,7 @@ class WholeStates:
         """A parameter's whole state, contiguous, fp32."""
         ranks, own = self._places[name]
         dim = self._dims[name]
-        return ranks[0].tensor(own, key) if dim is None else torch.cat([part.tensor(own, key) for part in ranks], dim)
+        return whole([part.tensor(own, key) for part in (ranks if dim is not None else ranks[:1])], dim)
 
     def step(self, name: str) -> Any:
         """How many updates the optimizer made."""
