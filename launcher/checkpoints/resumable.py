@@ -18,8 +18,6 @@ BATCH_FIELDS = tuple(
     f"training.{name}" for name in ("micro_batch_size", "gradient_accumulation_steps", "global_batch_size")
 )
 MODEL_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "sequence_parallel_size", "expert_parallel_size")
-UNCONVERTIBLE = ("sequence_parallel_size", "expert_parallel_size")
-"""Sizes that a resumed run shares with its checkpoint; where one is above 1, all others too."""
 PARTITIONING = ("sub_group_size", "round_robin_gradients", "parameter_alignment", "offload_optimizer", "offload_param")
 """Keys of `zero_optimization` on which it depends which rank holds what, and where."""
 
@@ -64,9 +62,8 @@ def with_batch_of(manifest: Manifest, plan: Plan) -> Plan:
 
 def unconvertible_reason(manifest: Manifest) -> str | None:
     """Why a checkpoint has no universal form, or None when it has one."""
-    sizes = {name: getattr(manifest.layout, name) for name in UNCONVERTIBLE}
-    if any(size > 1 for size in sizes.values()):
-        return "it is spread over " + ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    if manifest.layout.expert_parallel_size > 1:
+        return f"its experts are spread over expert_parallel_size {manifest.layout.expert_parallel_size}"
     if manifest.recipe.adapter is not None:
         return "an adapter's checkpoint is continued in its own layout"
     if manifest.zero_stage == 0 and manifest.precision != "fp32":
@@ -151,10 +148,6 @@ def _obstacles(manifest: Manifest, plan: Plan, different: list[str]) -> list[str
     precision = plan.recipe.training.precision
     if manifest.precision != precision:
         obstacles.append(f"training.precision: {manifest.precision} in the checkpoint, {precision} now")
-    for name in UNCONVERTIBLE:
-        then, now = getattr(manifest.layout, name), getattr(plan.layout, name)
-        if then != now:
-            obstacles.append(f"parallel.{name}: {then} in the checkpoint, {now} now")
     if different and not obstacles:
         now = manifest.model_copy(update={"layout": plan.layout, "zero_stage": plan.zero_stage})
         reason = unconvertible_reason(manifest) or unconvertible_reason(now)

@@ -194,7 +194,9 @@ def loading_universal(engine: Any, names: dict[torch.nn.Parameter, str]) -> Iter
 
     DeepSpeed reads the form with `torch.load` itself, every file whole on every rank
     (`runtime/zero/stage3.py: load_hp_checkpoint_state_from_checkpoint_dir_stage3`); mapped, a rank reads its part. It
-    looks for parameters under the engine's names, which in a pipeline count its layers (`optimizer.param_names`).
+    looks for parameters under the engine's names, which in a pipeline count its layers (`optimizer.param_names`), and
+    asks sequence parallelism's groups for tensor-parallel ones, which they do not know
+    (`runtime/base_optimizer.py: load_hp_checkpoint_state_from_checkpoint_dir`).
 
     Args:
         engine: to load into.
@@ -204,14 +206,18 @@ def loading_universal(engine: Any, names: dict[torch.nn.Parameter, str]) -> Iter
 
     engine._config.load_universal_checkpoint = True
     mapped, config.load.mmap = config.load.mmap, True
-    own_names, engine.optimizer.param_names = engine.optimizer.param_names, names
+    optimizer = engine.optimizer
+    before = optimizer.param_names, optimizer.mpu
+    optimizer.param_names = names
+    if not hasattr(optimizer.mpu, "get_tensor_model_parallel_world_size"):
+        optimizer.mpu = None
     try:
         with loading_only_data():
             yield
     finally:
         engine._config.load_universal_checkpoint = False
         config.load.mmap = mapped
-        engine.optimizer.param_names = own_names
+        optimizer.param_names, optimizer.mpu = before
 
 
 def tensor_parallel_part(parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:

@@ -102,6 +102,7 @@ def check_same(directory: RunDirectory, whole: RunDirectory, tolerance: float = 
 
 TENSOR = "tensor_parallel_size=2"
 PIPELINE = "pipeline_parallel_size=2"
+SEQUENCE = "sequence_parallel_size=2"
 Layout = tuple[Any, ...]
 """Workers, ZeRO stage and overrides."""
 
@@ -223,6 +224,22 @@ def test_stages_of_a_pipeline_find_their_layers(
     ids=named,
 )
 def test_stages_of_a_pipeline_are_joined(
+    old: Layout, new: Layout, runs: Runs, whole: RunDirectory, tmp_path: Path
+) -> None:
+    check_continues(runs, old, new, whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((2, 1, SEQUENCE), (1, 2)),
+        ((2, 3), (4, 1, SEQUENCE)),
+        ((4, 3, SEQUENCE), (2, 2, SEQUENCE)),
+        ((2, 2, SEQUENCE), (2, 1, PIPELINE)),
+    ],
+    ids=named,
+)
+def test_ranks_that_share_sequences_hold_the_same_weights(
     old: Layout, new: Layout, runs: Runs, whole: RunDirectory, tmp_path: Path
 ) -> None:
     check_continues(runs, old, new, whole, tmp_path / "run")
