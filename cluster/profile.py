@@ -65,6 +65,9 @@ class Profile(BaseModel):
     """Environment variables of the workers."""
     runs_directory: str | None = None
     """Where run directories are made unless `--run-dir` names one; all nodes must see it. Default: `runs`."""
+    log_directory: str | None = None
+    """Where the logs of drivers and ranks go, in a folder for each run, to which the run directory has a link; all
+    nodes must see it. Default: in the run directory."""
     join_timeout_seconds: float = Field(default=300.0, gt=0)
     """How long a job waits for all its nodes to join Ray."""
     hours_between_failures: float | None = Field(default=None, gt=0)

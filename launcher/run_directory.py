@@ -1,6 +1,7 @@
 """The run directory: the contract between CLI, driver and workers. Every path in it is named here and nowhere else."""
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
@@ -153,14 +154,24 @@ class RunDirectory:
         """The Hugging Face folder."""
         return self.path / "export"
 
-    def create(self) -> None:
+    def create(self, logs_in: Path | None = None) -> None:
         """Make the directory and its folders.
+
+        Args:
+            logs_in: make the logs in a folder of this one, named after this run, and a link to it here; a run that has
+                logs keeps them where they are.
 
         Raises:
             RunDirectoryError: it cannot be created or written.
         """
         try:
-            for folder in (self.path, self.logs, self.tensorboard, self.checkpoints):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if logs_in is not None and not self.logs.exists():
+                elsewhere = logs_in / f"{self.path.name}-{hashlib.sha256(str(self.path).encode()).hexdigest()[:8]}"
+                elsewhere.mkdir(parents=True, exist_ok=True)
+                self.logs.unlink(missing_ok=True)  # a link to what is no more
+                self.logs.symlink_to(elsewhere)
+            for folder in (self.logs, self.tensorboard, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass

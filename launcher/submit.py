@@ -62,13 +62,14 @@ def node_resources(resources: Resources) -> tuple[float, int]:
     return resources.cpus_per_worker * workers, workers if resources.device == "cuda" else 0
 
 
-def write_run(run_directory: RunDirectory, plan: Plan) -> None:
-    """Write what the driver and the workers read.
+def write_run(run_directory: RunDirectory, plan: Plan, profile: Profile | None = None) -> None:
+    """Write what the driver and the workers read, with the logs where the profile wants them.
 
     Raises:
         RunDirectoryError: the directory cannot be written.
     """
-    run_directory.create()
+    elsewhere = None if profile is None else profile.log_directory
+    run_directory.create(None if elsewhere is None else Path(elsewhere).expanduser().absolute())
     write_atomically(run_directory.recipe, dump_recipe(plan.recipe))
     write_atomically(run_directory.deepspeed, json.dumps(plan.deepspeed_config, indent=2) + "\n")
     write_atomically(run_directory.plan, plan.model_dump_json(indent=1))
@@ -90,7 +91,7 @@ def run_foreground(plan: Plan, profile: Profile, run_directory: RunDirectory, ob
     if summary is not None:
         return {**summary, "already_complete": True}
     with holding(run_directory):
-        write_run(run_directory, plan)
+        write_run(run_directory, plan, profile)
         record_provenance(run_directory.provenance, profile)
         os.environ.update(profile.environment)
         started = psutil.Process().create_time()
@@ -191,7 +192,7 @@ def submit_job(plan: Plan, profile: Profile, run_directory: RunDirectory, *, swe
         raise ExpectedError(f"{run_directory.path} is complete already: nothing to submit; start anew with --run-dir")
     _refuse_second_job(run_directory)
     with holding(run_directory):
-        write_run(run_directory, plan)
+        write_run(run_directory, plan, profile)
         record_provenance(run_directory.provenance, profile)
     request = make_request(plan, profile, run_directory)
     submitted = time.time()
