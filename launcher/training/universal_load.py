@@ -54,7 +54,7 @@ def whole_names(engine: Any) -> dict[torch.nn.Parameter, str]:
 def _load_replicated(engine: Any, folder: Path) -> None:
     """ZeRO 0, for which DeepSpeed has no way to load the universal form: `engine.optimizer` is PyTorch's own.
 
-    No pipeline trains under it.
+    Every rank has the whole model here: `checkpoints.resumable` refuses the others.
     """
     state = read_state(folder / "mp_rank_00_model_states.pt")
     saved = read_state(folder / "zero/optimizer_state.pt")
@@ -64,8 +64,7 @@ def _load_replicated(engine: Any, folder: Path) -> None:
         first = len(inner["state"])
         for parameter in group["params"]:
             place = folder / "zero" / names[parameter]
-            wholes = {key: read_state(place / f"{key}.pt", mapped=True)["param"] for key in STATES}
-            values = {key: upstream.tensor_parallel_part(parameter, whole).clone() for key, whole in wholes.items()}
+            values = {key: read_state(place / f"{key}.pt", mapped=True)["param"].clone() for key in STATES}
             with torch.no_grad():
                 parameter.copy_(values.pop("fp32"))
             inner["state"][len(inner["state"])] = {"step": read_state(place / "step.pt"), **values}

@@ -207,9 +207,9 @@ def loading_universal(engine: Any, names: dict[torch.nn.Parameter, str]) -> Iter
     engine._config.load_universal_checkpoint = True
     mapped, config.load.mmap = config.load.mmap, True
     optimizer = engine.optimizer
-    before = optimizer.param_names, optimizer.mpu
-    optimizer.param_names = names
-    if not hasattr(optimizer.mpu, "get_tensor_model_parallel_world_size"):
+    own_names, optimizer.param_names = optimizer.param_names, names
+    mpu = getattr(optimizer, "mpu", None)  # stage 3 keeps none
+    if mpu is not None and not hasattr(mpu, "get_tensor_model_parallel_world_size"):
         optimizer.mpu = None
     try:
         with loading_only_data():
@@ -217,24 +217,9 @@ def loading_universal(engine: Any, names: dict[torch.nn.Parameter, str]) -> Iter
     finally:
         engine._config.load_universal_checkpoint = False
         config.load.mmap = mapped
-        optimizer.param_names, optimizer.mpu = before
-
-
-def tensor_parallel_part(parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-    """This tensor-parallel rank's part of a whole parameter, or of one of its optimizer states.
-
-    As DeepSpeed itself cuts it for ZeRO 1 to 3 (`checkpoint/universal_checkpoint.py: load_hp_checkpoint_state`): by
-    what AutoTP noted at the parameter; one without a note is whole on every rank.
-    """
-    from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
-    from deepspeed.checkpoint.universal_checkpoint import _resolve_autotp_partition
-    from deepspeed.utils import groups
-
-    if not hasattr(parameter, DS_AUTOTP_UC_META):
-        return whole
-    rank, size = groups.get_tensor_model_parallel_rank(), groups.get_tensor_model_parallel_world_size()
-    part: torch.Tensor = _resolve_autotp_partition(parameter, {}, whole, rank, size)
-    return part.view(parameter.shape)
+        optimizer.param_names = own_names
+        if mpu is not None:
+            optimizer.mpu = mpu
 
 
 def mend_optimizer_after_universal_load(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:

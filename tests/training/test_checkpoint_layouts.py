@@ -167,7 +167,7 @@ def check_continues(runs: Runs, old: Layout, new: Layout, whole: RunDirectory, f
         ((1, 1), (2, 1, TENSOR)),
         ((4, 2), (2, 3, TENSOR)),
         ((2, 3), (4, 2, TENSOR)),
-        ((2, 1), (2, 0, TENSOR)),
+        ((2, 1), (2, 2, TENSOR)),
     ],
     ids=named,
 )
@@ -230,6 +230,7 @@ def test_stages_of_a_pipeline_are_joined(
         ((2, 1, SEQUENCE), (1, 2)),
         ((2, 3), (4, 1, SEQUENCE)),
         ((4, 3, SEQUENCE), (2, 2, SEQUENCE)),
+        ((2, 0, SEQUENCE), (2, 1)),
     ],
     ids=named,
 )
