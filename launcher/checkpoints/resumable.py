@@ -152,7 +152,7 @@ def _obstacles(manifest: Manifest, plan: Plan, different: list[str]) -> list[str
         now = manifest.model_copy(update={"layout": plan.layout, "zero_stage": plan.zero_stage})
         reason = unconvertible_reason(manifest) or unconvertible_reason(now)
         if reason is None and plan.zero_stage == 0 and plan.layout.model_parallel_size > 1:
-            reason = "under ZeRO stage 0, tensor- and sequence-parallel ranks load their own layout only; set zero.stage to 1"
+            reason = "under ZeRO 0, tensor- and sequence-parallel ranks load their own layout only; set zero.stage to 1"
         if reason is not None:
             obstacles += [*different, f"it cannot be converted: {reason}"]
     return obstacles

@@ -89,7 +89,7 @@ def test_parallel_ranks_without_zero_load_their_own_layout_only(kind: str) -> No
     plan = plan_with(4, zero={"stage": 0}, parallel={f"{kind}_parallel_size": 2})
     text = refusal(saved_with(), plan)
     assert f"{kind}_parallel_size: 1 in the checkpoint, 2 now" in text
-    assert "under ZeRO stage 0, tensor- and sequence-parallel ranks load their own layout only; set zero.stage to 1" in text
+    assert "under ZeRO 0, tensor- and sequence-parallel ranks load their own layout only; set zero.stage to 1" in text
 
 
 def test_stage_0_of_any_size_needs_no_conversion() -> None:
