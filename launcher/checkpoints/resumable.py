@@ -62,9 +62,8 @@ def with_batch_of(manifest: Manifest, plan: Plan) -> Plan:
 
 def unconvertible_reason(manifest: Manifest) -> str | None:
     """Why a checkpoint has no universal form, or None when it has one."""
-    if manifest.layout.model_parallel_size * manifest.layout.expert_parallel_size > 1:
-        sizes = {name: getattr(manifest.layout, name) for name in MODEL_PARALLEL}
-        return "it is spread over " + ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    if manifest.layout.expert_parallel_size > 1:
+        return f"its experts are spread over expert_parallel_size {manifest.layout.expert_parallel_size}"
     if manifest.recipe.adapter is not None:
         return "an adapter's checkpoint is continued in its own layout"
     if manifest.zero_stage == 0 and manifest.precision != "fp32":
@@ -149,13 +148,11 @@ def _obstacles(manifest: Manifest, plan: Plan, different: list[str]) -> list[str
     precision = plan.recipe.training.precision
     if manifest.precision != precision:
         obstacles.append(f"training.precision: {manifest.precision} in the checkpoint, {precision} now")
-    for name in MODEL_PARALLEL:
-        then, now = getattr(manifest.layout, name), getattr(plan.layout, name)
-        if then != now:
-            obstacles.append(f"parallel.{name}: {then} in the checkpoint, {now} now")
     if different and not obstacles:
         now = manifest.model_copy(update={"layout": plan.layout, "zero_stage": plan.zero_stage})
         reason = unconvertible_reason(manifest) or unconvertible_reason(now)
+        if reason is None and plan.zero_stage == 0 and plan.layout.model_parallel_size > 1:
+            reason = "under ZeRO 0, tensor- and sequence-parallel ranks load their own layout only; set zero.stage to 1"
         if reason is not None:
             obstacles += [*different, f"it cannot be converted: {reason}"]
     return obstacles

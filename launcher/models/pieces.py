@@ -105,9 +105,9 @@ def transformers_name(name: str) -> str:
     """The name that a weight of a pipeline has in the whole model.
 
     Args:
-        name: `INDEX.REST`, where the index is that of the layer in the pipeline.
+        name: `INDEX.REST`, where the index is that of the layer in the pipeline, or `tied_modules.KEY.REST`.
     """
-    index, _, rest = name.partition(".")
+    index, _, rest = name.removeprefix("tied_modules.").partition(".")
     place, _, weight = rest.partition(".")
     if place == "layer":
         return f"model.layers.{int(index) - 1}.{weight}"

@@ -3,6 +3,8 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from launcher.models.build import DTYPES
 from launcher.planning.plan import Plan
 from launcher.recipe.tasks import TASKS
 from launcher.tasks import make_task
-from launcher.training.consolidation import consolidated_state_dict, trained_state_dict
+from launcher.training.consolidation import trained_state_dict, whole_weights
 
 
 def checkpoint_to_export(checkpoints: Path, plan: Plan) -> Path:
@@ -52,26 +54,30 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
         raise CheckpointError(f"checkpoint {folder} is damaged: {'; '.join(wrong)}. Export another one with --step.")
     if plan.recipe.adapter is not None:
         return _export_adapter(folder, plan, tokenizer_directory, target)
-    state = consolidated_state_dict(folder, manifest.zero_stage, manifest.layout)
     dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
     task = make_task(plan, PreparedData.load(tokenizer_directory.parent).facts)
     config = task.config()
     config.use_cache = True
     with torch.device("meta"):
         model = task.auto_class.from_config(config, dtype=dtype)
-    # Tied weights may be absent from the state (one copy is stored); everything else must match.
-    tied = set(model.all_tied_weights_keys)
-    mismatch = (set(model.state_dict()) ^ set(state)) - tied
-    if mismatch:
-        raise CheckpointError(
-            f"checkpoint {folder} does not hold the plan's model; differing names: {sorted(mismatch)[:5]}"
-        )
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
+    with _scratch(target) as scratch:
+        state = {name: _in_file(tensor, dtype, scratch) for name, tensor in whole_weights(folder, manifest)}
+        # Tied weights may be absent from the state (one copy is stored); everything else must match.
+        mismatch = (set(model.state_dict()) ^ set(state)) - set(model.all_tied_weights_keys)
+        if mismatch:
+            raise CheckpointError(
+                f"checkpoint {folder} does not hold the plan's model; differing names: {sorted(mismatch)[:5]}"
+            )
+        model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+        _write(model, target, _tokenizer_of(model, plan, tokenizer_directory))
+    return target
+
+
+def _tokenizer_of(model: Any, plan: Plan, tokenizer_directory: Path) -> Any:
+    """The run's tokenizer, whose special tokens the model generates with; `None` for a task without one."""
     if not TASKS[plan.recipe.task].tokens:
-        _write(model, target)
-        return target
+        return None
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
     if model.can_generate():
         generation = model.generation_config or GenerationConfig()
@@ -79,8 +85,38 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
         generation.eos_token_id = tokenizer.eos_token_id
         generation.pad_token_id = tokenizer.pad_token_id
         model.generation_config = generation
-    _write(model, target, tokenizer)
-    return target
+    return tokenizer
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """A folder beside the target for weights on their way into it."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise StorageError(f"export to {target} failed: {error}") from error
+
+
+def _in_file(tensor: torch.Tensor, dtype: torch.dtype, folder: Path) -> torch.Tensor:
+    """Copy a weight into memory that a file stands behind, so that a model needs no more memory than there is.
+
+    Args:
+        tensor: to copy.
+        dtype: of the copy, unless the tensor holds whole numbers.
+        folder: for the file.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    dtype = dtype if tensor.is_floating_point() else tensor.dtype
+    if tensor.numel() == 0:
+        return tensor.to(dtype)
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        os.posix_fallocate(file.fileno(), 0, tensor.numel() * dtype.itemsize)  # a page without a place would be SIGBUS
+        copy = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=dtype)
+    return copy.view(tensor.shape).copy_(tensor)
 
 
 def _export_adapter(folder: Path, plan: Plan, tokenizer_directory: Path, target: Path) -> Path:

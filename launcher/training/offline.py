@@ -15,7 +15,7 @@ from launcher.planning.plan import Plan, make_plan
 from launcher.recipe.schema import ParallelSection, ZeroSection
 from launcher.recipe.tasks import TASKS
 from launcher.tasks import Metrics, Task, make_task
-from launcher.training.consolidation import consolidated_state_dict, trained_state_dict
+from launcher.training.consolidation import trained_state_dict, whole_weights
 from launcher.training.evaluation import Evaluation
 from launcher.training.measuring import measure
 
@@ -46,7 +46,7 @@ def load_checkpoint(folder: Path, plan: Plan, prepared: PreparedData) -> tuple[P
         state = trained_state_dict(folder, manifest.zero_stage)
         wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     else:
-        state = consolidated_state_dict(folder, manifest.zero_stage, manifest.layout)
+        state = dict(whole_weights(folder, manifest))
         wanted = set(model.state_dict()) - set(model.all_tied_weights_keys)
     if missing := wanted - set(state):
         raise CheckpointError(f"checkpoint {folder} does not hold the plan's model; missing: {sorted(missing)[:5]}")

@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 
 from launcher.errors import CheckpointError
+from launcher.models.pieces import transformers_name
 from launcher.training import upstream
 from launcher.training.checkpoint_files import read_state
-from launcher.training.universal import EXTRAS, STATES
+from launcher.training.shards import STATES
+from launcher.training.universal import EXTRAS
 
 
 def load_universal(engine: Any, folder: Path, zero_stage: int) -> None:
@@ -23,9 +25,10 @@ def load_universal(engine: Any, folder: Path, zero_stage: int) -> None:
     Raises:
         CheckpointError: the checkpoint is not of this model.
     """
+    names = whole_names(engine)
     missing = [
         name
-        for name, parameter in engine.module.named_parameters()
+        for parameter, name in names.items()
         if parameter.requires_grad and not (folder / "zero" / name / "fp32.pt").is_file()
     ]
     if missing:
@@ -33,15 +36,26 @@ def load_universal(engine: Any, folder: Path, zero_stage: int) -> None:
     if zero_stage == 0:
         _load_replicated(engine, folder)
     else:
-        with upstream.loading_universal(engine):
+        with upstream.loading_universal(engine, names):
             engine.load_checkpoint(str(folder.parent), tag=folder.name)
         groups = read_state(folder / "zero/optimizer_state.pt")["param_groups"]
         upstream.mend_optimizer_after_universal_load(engine.optimizer.optimizer, groups)
     _load_extras(engine, read_state(folder / EXTRAS), zero_stage)
 
 
+def whole_names(engine: Any) -> dict[torch.nn.Parameter, str]:
+    """What each of this rank's parameters is called in the whole model, under which the universal form keeps it."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    if not engine.pipeline_parallelism:
+        return names
+    return {parameter: transformers_name(name) for parameter, name in names.items()}
+
+
 def _load_replicated(engine: Any, folder: Path) -> None:
-    """ZeRO 0, for which DeepSpeed has no way to load the universal form: `engine.optimizer` is PyTorch's own."""
+    """ZeRO 0, for which DeepSpeed has no way to load the universal form: `engine.optimizer` is PyTorch's own.
+
+    Every rank has the whole model here: `checkpoints.resumable` refuses the others.
+    """
     state = read_state(folder / "mp_rank_00_model_states.pt")
     saved = read_state(folder / "zero/optimizer_state.pt")
     inner: dict[str, Any] = {"state": {}, "param_groups": []}

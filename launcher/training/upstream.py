@@ -189,22 +189,37 @@ def loading_only_data() -> Iterator[None]:
 
 
 @contextmanager
-def loading_universal(engine: Any) -> Iterator[None]:
+def loading_universal(engine: Any, names: dict[torch.nn.Parameter, str]) -> Iterator[None]:
     """Let `engine.load_checkpoint` read the universal form, as data only and through the memory map.
 
     DeepSpeed reads the form with `torch.load` itself, every file whole on every rank
-    (`runtime/zero/stage3.py: load_hp_checkpoint_state_from_checkpoint_dir_stage3`); mapped, a rank reads its part.
+    (`runtime/zero/stage3.py: load_hp_checkpoint_state_from_checkpoint_dir_stage3`); mapped, a rank reads its part. It
+    looks for parameters under the engine's names, which in a pipeline count its layers (`optimizer.param_names`), and
+    asks sequence parallelism's groups for tensor-parallel ones, which they do not know
+    (`runtime/base_optimizer.py: load_hp_checkpoint_state_from_checkpoint_dir`).
+
+    Args:
+        engine: to load into.
+        names: under which the form has each parameter of this rank.
     """
     from torch.utils.serialization import config
 
     engine._config.load_universal_checkpoint = True
     mapped, config.load.mmap = config.load.mmap, True
+    optimizer = engine.optimizer
+    own_names, optimizer.param_names = optimizer.param_names, names
+    mpu = getattr(optimizer, "mpu", None)  # stage 3 keeps none
+    if mpu is not None and not hasattr(mpu, "get_tensor_model_parallel_world_size"):
+        optimizer.mpu = None
     try:
         with loading_only_data():
             yield
     finally:
         engine._config.load_universal_checkpoint = False
         config.load.mmap = mapped
+        optimizer.param_names = own_names
+        if mpu is not None:
+            optimizer.mpu = mpu
 
 
 def mend_optimizer_after_universal_load(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:

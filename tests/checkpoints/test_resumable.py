@@ -75,6 +75,23 @@ def test_offload_moves_states_and_is_converted() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["tensor", "pipeline", "sequence"])
+def test_another_number_of_parts_of_the_model_is_converted(kind: str) -> None:
+    layout = Layout.model_validate({"world_size": 4, "data_parallel_size": 2, f"{kind}_parallel_size": 2})
+    assert decide(saved_with(layout=layout), plan_with()).differences == (
+        "world_size: 4 in the checkpoint, 2 now",
+        f"{kind}_parallel_size: 2 in the checkpoint, 1 now",
+    )
+
+
+@pytest.mark.parametrize("kind", ["tensor", "sequence"])
+def test_parallel_ranks_without_zero_load_their_own_layout_only(kind: str) -> None:
+    plan = plan_with(4, zero={"stage": 0}, parallel={f"{kind}_parallel_size": 2})
+    text = refusal(saved_with(), plan)
+    assert f"{kind}_parallel_size: 1 in the checkpoint, 2 now" in text
+    assert "under ZeRO 0, tensor- and sequence-parallel ranks load their own layout only; set zero.stage to 1" in text
+
+
 def test_stage_0_of_any_size_needs_no_conversion() -> None:
     assert decide(saved_with(zero_stage=0), plan_with(4, zero={"stage": 0})).differences == ()
 
@@ -85,13 +102,15 @@ def refusal(manifest: Manifest, plan: Plan, fingerprint: str = FINGERPRINT) -> s
     return str(error.value)
 
 
-def test_what_cannot_be_converted_is_refused_with_every_reason() -> None:
-    layout = Layout(world_size=4, data_parallel_size=2, tensor_parallel_size=2)
+def test_what_cannot_be_continued_is_refused() -> None:
+    layout = Layout(world_size=4, data_parallel_size=4, expert_parallel_size=2)
     text = refusal(saved_with(layout=layout, precision="bf16"), plan_with())
     assert str(FOLDER) in text
     assert "training.precision: bf16 in the checkpoint, fp32 now" in text
-    assert "parallel.tensor_parallel_size: 2 in the checkpoint, 1 now" in text
     assert "Run with the checkpoint's values, or start a new run with --run-dir." in text
+    text = refusal(saved_with(layout=layout), plan_with())
+    assert "expert_parallel_size: 2 in the checkpoint, 1 now" in text
+    assert "it cannot be converted: its experts are spread over expert_parallel_size 2" in text
 
 
 def test_16_bit_states_of_stage_0_are_refused() -> None:

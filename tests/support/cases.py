@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from launcher.checkpoints import folders
 from launcher.data.store import PreparedData
 from launcher.errors import RecipeError
 from launcher.models.parallel import whole_logits
@@ -23,6 +24,7 @@ from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory
 from launcher.training.context import Heartbeat, Phase, WorkerContext
 from launcher.training.engine import check_precision
+from launcher.training.export import export_checkpoint
 from launcher.training.loop import open_session, train
 
 
@@ -219,3 +221,34 @@ def run_with_held_writer(run_directory: str, data: str, hold_at: int, release_at
     heartbeat.enter = watching  # type: ignore[method-assign]  # watched on purpose
     result = train(plan, context, PreparedData.load(Path(data)), torch.device("cpu"))
     return {**asdict(result), "notices": heartbeat.read().notices}
+
+
+def memory_of_an_export(run_directory: str, data: str, target: str) -> int:
+    """By how many bytes this process grew at most while it exported the newest checkpoint, files in memory left out.
+
+    It exports twice and looks at the second time: the first one imports what it needs.
+    """
+    plan = Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
+    checkpoint = folders.complete(RunDirectory.at(run_directory).checkpoints)[-1]
+    tokenizer = PreparedData.load(Path(data)).tokenizer_directory
+
+    def own_bytes() -> int:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(fields["RssAnon"].split()[0]) * 1024
+
+    export_checkpoint(checkpoint, plan, tokenizer, Path(target))
+    gc.collect()
+    before = peak = own_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, own_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    export_checkpoint(checkpoint, plan, tokenizer, Path(target))
+    done.set()
+    watcher.join()
+    return peak - before

@@ -100,6 +100,18 @@ def check_same(directory: RunDirectory, whole: RunDirectory, tolerance: float = 
     assert samples(directory) == samples(whole)
 
 
+TENSOR = "tensor_parallel_size=2"
+PIPELINE = "pipeline_parallel_size=2"
+SEQUENCE = "sequence_parallel_size=2"
+Layout = tuple[Any, ...]
+"""Workers, ZeRO stage and overrides."""
+
+
+def named(layout: Layout) -> str:
+    workers, stage, *overrides = layout
+    return "-".join([f"{workers}w-zero{stage}", *(override.partition("_")[0] for override in overrides)])
+
+
 CASES = [
     *[((2, old), (2, new)) for old in (0, 1, 2, 3) for new in (0, 1, 2, 3) if old != new],
     *[((4, stage), (2, stage)) for stage in (1, 2, 3)],
@@ -109,9 +121,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("old", "new"), CASES, ids=lambda layout: f"{layout[0]}w-zero{layout[1]}")
+@pytest.mark.parametrize(("old", "new"), CASES, ids=named)
 def test_another_layout_continues_the_same_run(
-    old: tuple[int, int], new: tuple[int, int], runs: Runs, whole: RunDirectory, tmp_path: Path
+    old: Layout, new: Layout, runs: Runs, whole: RunDirectory, tmp_path: Path
 ) -> None:
     directory = runs.copy(runs.saved(*old), tmp_path / "run")
     results = runs.train(directory, *new)
@@ -121,10 +133,17 @@ def test_another_layout_continues_the_same_run(
     assert [notice.split()[0] for notice in results[0]["notices"]] == ["converting", "converted"] * needed
 
 
-@pytest.mark.parametrize(("old", "new"), [((2, 1), (1, 3)), ((2, 3), (1, 2))], ids=["1-to-3", "3-to-2"])
-def test_16_bit_weights_continue_from_their_fp32_copies(
-    old: tuple[int, int], new: tuple[int, int], runs: Runs, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((2, 1), (1, 3)),
+        ((2, 3), (1, 2)),
+        ((1, 3), (2, 1, PIPELINE)),
+        ((2, 1, PIPELINE), (2, 3, TENSOR)),
+    ],
+    ids=named,
+)
+def test_16_bit_weights_continue_from_their_fp32_copies(old: Layout, new: Layout, runs: Runs, tmp_path: Path) -> None:
     """Of the uninterrupted run in bf16 at the new size the losses differ by what rounding differs there anyway."""
     precision = "precision=bf16"
     uninterrupted = RunDirectory.at(tmp_path / "whole")
@@ -132,6 +151,132 @@ def test_16_bit_weights_continue_from_their_fp32_copies(
     directory = runs.copy(runs.saved(*old, precision), tmp_path / "run")
     runs.train(directory, *new, precision)
     check_same(directory, uninterrupted, tolerance=5e-3)
+
+
+def check_continues(runs: Runs, old: Layout, new: Layout, whole: RunDirectory, folder: Path) -> None:
+    directory = runs.copy(runs.saved(*old), folder)
+    results = runs.train(directory, *new)
+    assert results[0]["status"] == "complete"
+    assert [notice.split()[0] for notice in results[0]["notices"]] == ["converting", "converted"]
+    check_same(directory, whole)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((1, 1), (2, 1, TENSOR)),
+        ((4, 2), (2, 3, TENSOR)),
+        ((2, 3), (4, 2, TENSOR)),
+        ((2, 1), (2, 2, TENSOR)),
+    ],
+    ids=named,
+)
+def test_tensor_parallel_ranks_take_their_parts_of_whole_weights(
+    old: Layout, new: Layout, runs: Runs, whole: RunDirectory, tmp_path: Path
+) -> None:
+    check_continues(runs, old, new, whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((4, 1, TENSOR), (1, 1)),
+        ((2, 3, TENSOR), (3, 2)),
+        ((4, 2, TENSOR), (2, 3)),
+        ((2, 0, TENSOR), (2, 1)),
+    ],
+    ids=named,
+)
+def test_parts_of_tensor_parallel_ranks_are_joined(
+    old: Layout, new: Layout, runs: Runs, whole: RunDirectory, tmp_path: Path
+) -> None:
+    check_continues(runs, old, new, whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((1, 1), (2, 1, PIPELINE)),
+        ((2, 3), (4, 1, PIPELINE)),
+        ((2, 2), (4, 1, PIPELINE, TENSOR)),
+        ((4, 2, TENSOR), (2, 1, PIPELINE)),
+    ],
+    ids=named,
+)
+def test_stages_of_a_pipeline_find_their_layers(
+    old: Layout, new: Layout, runs: Runs, whole: RunDirectory, tmp_path: Path
+) -> None:
+    check_continues(runs, old, new, whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((2, 1, PIPELINE), (2, 1)),
+        ((4, 1, PIPELINE), (1, 3)),
+        ((4, 1, PIPELINE, TENSOR), (3, 2)),
+    ],
+    ids=named,
+)
+def test_stages_of_a_pipeline_are_joined(
+    old: Layout, new: Layout, runs: Runs, whole: RunDirectory, tmp_path: Path
+) -> None:
+    check_continues(runs, old, new, whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((2, 1, SEQUENCE), (1, 2)),
+        ((2, 3), (4, 1, SEQUENCE)),
+        ((4, 3, SEQUENCE), (2, 2, SEQUENCE)),
+        ((2, 0, SEQUENCE), (2, 1)),
+    ],
+    ids=named,
+)
+def test_ranks_that_share_sequences_hold_the_same_weights(
+    old: Layout, new: Layout, runs: Runs, whole: RunDirectory, tmp_path: Path
+) -> None:
+    check_continues(runs, old, new, whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((4, 1, PIPELINE, TENSOR), (4, 1, PIPELINE)),
+        ((2, 1, PIPELINE), (2, 1, TENSOR)),
+        ((2, 3, TENSOR), (4, 1, TENSOR)),
+        ((2, 2, SEQUENCE), (2, 1, PIPELINE)),
+    ],
+    ids=named,
+)
+def test_one_kind_of_parallelism_follows_another(
+    old: Layout, new: Layout, runs: Runs, whole: RunDirectory, tmp_path: Path
+) -> None:
+    check_continues(runs, old, new, whole, tmp_path / "run")
+
+
+TIED = ("model.config.tie_word_embeddings=true",)
+BIASED = ("model.config.attention_bias=true", "model.config.mlp_bias=true")
+
+
+@pytest.mark.parametrize(
+    ("changes", "old", "new"),
+    [
+        (TIED, (2, 1, PIPELINE), (2, 1, TENSOR)),
+        (TIED, (2, 1, TENSOR), (2, 1, PIPELINE)),
+        (TIED, (1, 3), (4, 1, PIPELINE, TENSOR)),
+        (BIASED, (4, 1, PIPELINE, TENSOR), (2, 1, TENSOR)),
+    ],
+    ids=lambda value: {TIED: "tied", BIASED: "biases"}.get(value) or named(value),
+)
+def test_tied_weights_and_biases(
+    changes: tuple[str, ...], old: Layout, new: Layout, runs: Runs, tmp_path: Path
+) -> None:
+    """Two stages hold a tied weight, and each tensor-parallel rank the whole of a bias that is added after the sum."""
+    uninterrupted = RunDirectory.at(tmp_path / "whole")
+    runs.train(uninterrupted, 1, 1, *changes)
+    check_continues(runs, (*old, *changes), (*new, *changes), uninterrupted, tmp_path / "run")
 
 
 def test_a_chain_of_sizes(runs: Runs, whole: RunDirectory, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from launcher.training.consolidation import joined
+from launcher.training.joining import joined
 
 PATTERNS = {
     "parameter_with_row_parallelism_patterns": [r".*o_proj\.weight$"],
@@ -21,7 +21,7 @@ def test_rows_columns_and_copies() -> None:
         }
         for rank in range(2)
     ]
-    together = joined(parts, PATTERNS)
+    together = dict(joined(parts, PATTERNS))
     assert {name: tensor.tolist() for name, tensor in together.items()} == {
         "q_proj.weight": whole["q_proj.weight"].tolist(),
         "o_proj.weight": whole["o_proj.weight"].tolist(),
@@ -34,4 +34,4 @@ def test_the_second_name_of_a_tied_weight_is_left_to_the_model() -> None:
         {"embed.weight": torch.zeros(2, 2), "lm_head.weight": torch.zeros(2, 2)},
         {"embed.weight": torch.ones(2, 2)},
     ]
-    assert list(joined(parts, PATTERNS)) == ["embed.weight"]
+    assert list(dict(joined(parts, PATTERNS))) == ["embed.weight"]

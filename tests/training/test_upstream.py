@@ -10,9 +10,11 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.runtime import utils
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 from deepspeed.runtime.lr_schedules import WarmupLR
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from transformers.utils import output_capturing
 
 from launcher.training.upstream import _ByNameOrModel
@@ -45,6 +47,14 @@ def test_a_pipeline_refuses_stages_2_and_3() -> None:
 def test_a_pipelines_norm_under_stage_0_leaves_out_other_ranks_parameters() -> None:
     source = inspect.getsource(utils.clip_grad_norm_)
     assert "if (mpu.get_model_parallel_rank() == 0) or is_model_parallel_parameter(p)" in source
+
+
+def test_a_universal_load_looks_for_the_engines_names_and_for_tensor_parallel_groups() -> None:
+    """Those of a pipeline are not the whole model's, and sequence parallelism's groups do not answer."""
+    source = inspect.getsource(ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir)
+    assert "self.param_names[lp]" in source
+    assert "else self.mpu.get_tensor_model_parallel_world_size()" in source
+    assert not hasattr(parallel_state_sp, "get_tensor_model_parallel_world_size")
 
 
 def test_auto_ep_asks_the_registry_in_a_way_that_transformers_does_not_know() -> None:
