@@ -253,6 +253,10 @@ class TrainingSection(Section):
     """Steps of linear warm-up."""
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
     """Warm-up as a share of all steps, instead of warmup_steps."""
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
+    """Weight of the load-balancing loss of a mixture of experts (Fedus et al., arXiv 2101.03961, equations 4 to 6),
+    added to the training loss of each micro batch, not at evaluation; default: the model config's, where that says
+    `output_router_logits: true`, otherwise 0."""
     adversarial: AdversarialSection | None = None
     """Add the loss on disturbed inputs to the loss; ZeRO stages 0 to 2, data parallel."""
 
@@ -567,6 +571,8 @@ class Recipe(Section):
                 "training.adversarial is for data parallel runs of the whole model under ZeRO stages 0 to 2: leave "
                 "parallel and adapter out, and set zero.stage to 2"
             )
+        if self.training.router_aux_loss_coef and self.task != "causal_lm":
+            raise ValueError(f"training.router_aux_loss_coef is for causal_lm, not for {self.task}")
         if (self.model.freeze or self.model.unfreeze) and spread:
             raise ValueError("model.freeze is for data parallel runs, with any ZeRO stage: leave parallel out")
         if self.distillation is not None:

@@ -94,6 +94,8 @@ CASES: dict[str, dict[str, Any]] = {
             ("qwen2", "tensor", "zero0-fp32-eager", {"zero.stage": 0, **FP32, **EAGER}),
             ("mistral", "tensor", "zero2-bf16-checkpointing", {"zero.stage": 2, **CHECKPOINTING}),
             ("llama", "tensor", "zero3-bf16", {"zero.stage": 3}),
+            ("mixtral", "expert", "zero1-fp32", {"zero.stage": 1, **FP32}),
+            ("qwen2_moe", "expert", "zero2-bf16-checkpointing", {"zero.stage": 2, **CHECKPOINTING}),
             # Last, and only one: its groups stay for the life of a process.
             ("llama", "sequence", "zero2-fp32", {"zero.stage": 2, **FP32}),
         )
