@@ -67,6 +67,8 @@ def unconvertible_reason(manifest: Manifest) -> str | None:
         return "it is spread over " + ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     if manifest.recipe.adapter is not None:
         return "an adapter's checkpoint is continued in its own layout"
+    if manifest.recipe.optimizer.type not in ("adamw", "sgd"):
+        return f"the states of {manifest.recipe.optimizer.type} are continued in their own layout"
     if manifest.zero_stage == 0 and manifest.precision != "fp32":
         return f"in {manifest.precision}, DeepSpeed keeps the optimizer of ZeRO stage 0 in a form of its own"
     return None

@@ -107,7 +107,7 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
     if deepspeed is not None:
         offloads = {deepspeed.offload_optimizer, deepspeed.offload_param} != {"none"}
         problems += combination_problems(layout, deepspeed.zero_stage, recipe.training.precision, offloads)
-        problems += optimizer_problems(recipe.optimizer, deepspeed.zero_stage)
+        problems += optimizer_problems(recipe, layout, deepspeed.zero_stage, offloads)
     if config is not None:
         problems += model_problems(config, layout, recipe)
         problems += balance_problems(config, recipe)

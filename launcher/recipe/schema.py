@@ -272,12 +272,16 @@ class TrainingSection(Section):
 class OptimizerSection(Section):
     """The optimizer and its constants; the learning rate and its schedule stand under `training`."""
 
-    type: Literal["adamw", "sgd"] = "adamw"
-    """`adamw`: Loshchilov and Hutter, arXiv 1711.05101; `sgd`: stochastic gradient descent with momentum."""
+    type: Literal["adamw", "sgd", "adafactor", "muon", "lion"] = "adamw"
+    """`adamw`: Loshchilov and Hutter, arXiv 1711.05101; `sgd`: stochastic gradient descent with momentum; `adafactor`:
+    Shazeer and Stern, arXiv 1804.04235, torch's; `muon`: Jordan et al. 2024, DeepSpeed's, for the matrices of the
+    layers, with AdamW for the rest; `lion` is known and refused."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, decoupled from the gradient but with `sgd`; biases and normalisation weights are not decayed."""
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Of `sgd`."""
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    """Of `sgd` (default 0) and `muon` (default 0.95)."""
+    adam_learning_rate: float | None = Field(default=None, gt=0)
+    """Of `muon`: the peak rate of what it leaves to AdamW (embeddings, head, norms, biases); default: the same."""
     layer_wise_lr_decay: float | None = Field(default=None, gt=0, lt=1)
     """Each layer learns at this share of the rate of the layer above it (Howard and Ruder, arXiv 1801.06146); the head
     at training.learning_rate, the embeddings at the lowest rate."""
