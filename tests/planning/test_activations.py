@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from launcher.models.tiling import tile_loss, tile_mlps, tiled_loss_sum
 from launcher.planning.activations import LAYERS, ActivationModel, ActivationSettings
 from launcher.planning.families import FAMILIES, list_parameters
 from tests.support.live_storages import LiveStorages
@@ -44,6 +45,10 @@ def measure(config: dict[str, Any], wanted: ActivationSettings) -> tuple[int, in
     model = model.to(DTYPES[wanted.precision]).train()
     if wanted.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if wanted.mlp_tiles > 1:
+        tile_mlps(model, wanted.mlp_tiles)
+    if wanted.loss_tiles > 1:
+        tile_loss(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # so that gradients are no news to the count
     shape, length = (wanted.micro_batch_size, wanted.sequence_length), wanted.sequence_length
@@ -52,17 +57,24 @@ def measure(config: dict[str, Any], wanted: ActivationSettings) -> tuple[int, in
     with counter:
         ids, labels = (torch.randint(1, made.vocab_size, shape) for _ in range(2))
         positions = (torch.arange(length) % (length // 2 if wanted.packed else length)).repeat(shape[0], 1).clone()
-        loss = _loss(model, ids, positions, labels)
+        loss = _loss(model, wanted, ids, positions, labels)
         gc.collect()
         kept = counter.live
         loss.backward()
     return kept, counter.peak
 
 
-def _loss(model: Any, ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _loss(
+    model: Any, wanted: ActivationSettings, ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
     """As `launcher.tasks.causal_lm` computes it."""
-    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    if wanted.loss_tiles > 1:
+        return tiled_loss_sum(model, inputs, labels, wanted.loss_tiles, -100)
+    output = model(**inputs, **({"output_router_logits": True} if wanted.balances_experts else {}))
+    logits = output.logits.float().flatten(0, 1)
+    loss = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
+    return loss + output.aux_loss if wanted.balances_experts else loss
 
 
 def planned(config: dict[str, Any], wanted: ActivationSettings) -> tuple[int, int]:
@@ -106,6 +118,37 @@ SHAPES = {
 def test_other_batches_and_shapes(name: str, changes: dict[str, Any]) -> None:
     wanted = replace(PLAIN, **SHAPES[name])
     config = small("llama", **changes)
+    kept, peak = measure(config, wanted)
+    planned_kept, planned_peak = planned(config, wanted)
+    assert planned_kept == pytest.approx(kept, rel=0.02)
+    assert planned_peak >= 0.97 * peak
+
+
+TILED = {
+    "mlps": {"mlp_tiles": 4},
+    "loss": {"loss_tiles": 4},
+    "both-checkpointing": {"mlp_tiles": 4, "loss_tiles": 4, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", TILED)
+def test_parts_of_the_sequence_keep_less(name: str, precision: str) -> None:
+    wanted = replace(PLAIN, precision=precision, sequence_length=128, **TILED[name])
+    config = small("llama", intermediate_size=300, vocab_size=2000)
+    kept, peak = measure(config, wanted)
+    planned_kept, planned_peak = planned(config, wanted)
+    assert planned_kept == pytest.approx(kept, rel=0.02)
+    assert planned_peak >= 0.97 * peak
+    whole = planned(config, replace(wanted, mlp_tiles=1, loss_tiles=1))
+    assert planned_peak < whole[1]
+
+
+@pytest.mark.parametrize("changes", [{"precision": "fp32"}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_balanced_routers_keep_their_probabilities(family: str, changes: dict[str, Any]) -> None:
+    wanted = replace(PLAIN, balances_experts=True, **changes)
+    config = small(family, num_local_experts=32)
     kept, peak = measure(config, wanted)
     planned_kept, planned_peak = planned(config, wanted)
     assert planned_kept == pytest.approx(kept, rel=0.02)

@@ -54,6 +54,9 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }
 """Small mixtures of experts; one of them with a shared expert, one with a dense layer."""
 
+_OF_THE_LAYOUT = {"micro_batch_size", "gradient_checkpointing", "mlp_tiles", "loss_tiles"}
+"""Settings that change nothing of what is learned."""
+
 
 @dataclass
 class Equality:
@@ -109,8 +112,8 @@ class Equality:
     def reference(self, model: Path, plan: Plan) -> tuple[PreparedData, reference.Reference]:
         """The plain run of the plan's recipe; it does not depend on the layout, so it is made once."""
         recipe = plan.recipe
-        key = json.dumps([str(model), recipe.optimizer.model_dump(), recipe.training.model_dump()], default=str)
-        key = key.replace(f'"micro_batch_size": {recipe.training.micro_batch_size}', "")
+        training = recipe.training.model_dump(exclude=_OF_THE_LAYOUT)
+        key = json.dumps([str(model), recipe.optimizer.model_dump(), training], default=str)
         micro_batches = _micro_batches(plan)
         if recipe.training.router_aux_loss_coef:
             key += str(micro_batches)
