@@ -160,7 +160,7 @@ def measured(
 
 
 def _joined(plan: Plan, ranks: tuple[dict[str, int], ...]) -> dict[str, int]:
-    """The fullest rank; of activations of shared experts the mean, because routers fill one rank more than the other."""
+    """The fullest rank; of the activations of shared experts the mean, as routers fill one rank more than the other."""
     found = {kind: max(rank[kind] for rank in ranks) for kind in ranks[0]}
     if plan.layout.expert_parallel_size > 1:
         found["activations"] = sum(rank["activations"] for rank in ranks) // len(ranks)
