@@ -19,8 +19,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.matrix
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["tensor", "sequence", "pipeline", "zero3-offload", "expert"])
+@pytest.mark.parametrize("name", ["expert", "tensor", "sequence", "pipeline", "zero3-offload"])
 def test_it_trains_and_exports(name: str, two_ranks: Ranks, cache: Path, tmp_path: Path) -> None:
     changes = (f"data.cache_directory={cache}", "max_steps=6", "warmup_steps=1", "logging_steps=1")
     recipe = load_recipe(f"parallel/{name}", (*changes, "max_eval_samples=8", "tensorboard=false"))
