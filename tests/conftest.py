@@ -17,8 +17,10 @@ _HARDWARE = "hardware:"
 EVERY = 4
 """Of the cells of a matrix, a test run takes the first and every fourth after it."""
 
-_CLUSTERS = ("tests/jobs/", "tests/orchestration/", "tests/project/test_benchmarks", "tests/project/test_documents")
-"""Tests that start Ray or Slurm, and look whether all of its processes are gone: not two of them at a time."""
+_CLUSTERS = ("tests/jobs/", "tests/orchestration/")
+"""Tests that start Ray or Slurm and mostly wait."""
+_PROJECT = ("tests/project/test_benchmarks", "tests/project/test_documents")
+"""Tests of minutes that go to whichever process is ready for them first."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,16 +44,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
-class TwoGroups(LoadScopeScheduling):
+class Groups(LoadScopeScheduling):
     """One process waits for clusters while the other computes."""
 
     def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith(_PROJECT):
+            return "project"
         return "clusters" if nodeid.startswith(_CLUSTERS) else "others"
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> TwoGroups:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
     """Tell processes of xdist which tests each of them runs."""
-    return TwoGroups(config, log)
+    return Groups(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

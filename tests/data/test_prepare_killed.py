@@ -21,6 +21,7 @@ from launcher.data.sources import locate_sources
 from launcher.data.store import is_complete
 from launcher.errors import StorageError
 from launcher.recipe.schema import Recipe
+from tests.support.unmeasured import unmeasured_environment
 
 MakeRecipe = Callable[..., Recipe]
 SCRIPT = """
@@ -39,9 +40,8 @@ except StorageError as error:
 
 def start(recipe: Recipe, *limit: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT, recipe.model_dump_json(), *map(str, limit)]
-    environment = dict(os.environ)
-    if limit:
-        environment.pop("COVERAGE_PROCESS_CONFIG", None)  # it could not write its own file either, and would say so
+    # With a limit coverage could not write its file either, and would say so.
+    environment = unmeasured_environment() if limit else dict(os.environ)
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -164,7 +164,7 @@ def workers(run_directory: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def workplace() -> Iterator[Path]:
     """A folder that every daemon may enter (munge insists), with a path short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="zfjobs-") as name:
@@ -173,7 +173,7 @@ def workplace() -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def zerofleet(workplace: Path) -> Iterator[Zerofleet]:
     recipe = workplace / "tiny.yaml"
     recipe.write_text(RECIPE.format(stdlib=sysconfig.get_path("stdlib"), cache=workplace / "cache"))
@@ -188,7 +188,7 @@ def zerofleet(workplace: Path) -> Iterator[Zerofleet]:
     command.end_jobs("local")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def uninterrupted(zerofleet: Zerofleet, workplace: Path) -> Path:
     """The run that others are compared with: on the local backend, on two Ray nodes. It goes on while they run."""
     profile = write_profile(workplace / "local.yaml", backend="local")
@@ -197,7 +197,7 @@ def uninterrupted(zerofleet: Zerofleet, workplace: Path) -> Path:
     return run_directory
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def slurm(zerofleet: Zerofleet) -> Iterator[SlurmCluster]:
     if missing := slurm_cluster.missing_commands():
         pytest.skip(f"not installed: {', '.join(missing)} (see .ci/apt-packages.txt)")
@@ -217,7 +217,7 @@ def slurm_here(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmClu
     return slurm
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def ssh_server(zerofleet: Zerofleet) -> Iterator[SshServer]:
     if missing := sshd.missing_commands():
         pytest.skip(f"not installed: {', '.join(missing)} (see .ci/apt-packages.txt)")
@@ -226,16 +226,16 @@ def ssh_server(zerofleet: Zerofleet) -> Iterator[SshServer]:
         zerofleet.end_jobs("ssh")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def machines(workplace: Path) -> Iterator[Network]:
     """Two machines of namespaces."""
     if lacking := network.missing():
-        pytest.skip(f"not there: {', '.join(lacking)}")
+        pytest.skip(f"hardware: machines need {', '.join(lacking)}")
     with tempfile.TemporaryDirectory(prefix="zfnet-") as name, Network(Path(name)) as lab:
         yield lab
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def ray_cluster(zerofleet: Zerofleet, request: pytest.FixtureRequest) -> Iterator[tuple[Zerofleet, dict[str, Any]]]:
     """A Ray cluster of two nodes that runs already: a command line that reaches it, and what its profile says.
 

@@ -89,7 +89,8 @@ class SlurmLife(Life):
 @pytest.fixture(scope="module")
 def on_slurm(zerofleet: Zerofleet, slurm: SlurmCluster, workplace: Path) -> SlurmLife:
     run_directory = workplace / 'on slurm, it\'s "quoted"'
-    profile = write_profile(workplace / "slurm.yaml", backend="slurm", slurm={"time_limit": "10"})
+    logs = str(workplace / "the logs")
+    profile = write_profile(workplace / "slurm.yaml", backend="slurm", slurm={"time_limit": "10"}, log_directory=logs)
     arguments = ("submit", str(zerofleet.recipe), "--profile", str(profile), "--run-dir", str(run_directory))
     shown = zerofleet.ok(*arguments, "--dry-run").encode()
     assert not run_directory.exists(), "a dry run writes nothing"
@@ -159,7 +160,7 @@ def test_what_slurm_received_is_the_dry_run_byte_for_byte(on_slurm: SlurmLife):
 
 
 @pytest.mark.slurm
-def test_slurm_from_submit_to_the_end(on_slurm: SlurmLife, zerofleet: Zerofleet):
+def test_slurm_from_submit_to_the_end(on_slurm: SlurmLife, zerofleet: Zerofleet, workplace: Path):
     states = [state for state, _ in on_slurm.seen]
     assert sorted(set(states), key=states.index) == ["PENDING", "RUNNING", "COMPLETED"]
     assert on_slurm.status["node_names"] == ["n[1-2]"]
@@ -168,6 +169,9 @@ def test_slurm_from_submit_to_the_end(on_slurm: SlurmLife, zerofleet: Zerofleet)
     assert "ray: 2 of 2 nodes are up" in on_slurm.followed
     assert_phases(on_slurm.status, on_slurm.followed, zerofleet.ok("status", run_directory))
     assert "ray: joined" in zerofleet.ok("logs", run_directory, "--node", "1")
+    (elsewhere,) = workplace.joinpath("the logs").iterdir()
+    assert elsewhere.name.startswith("on slurm, it's ")
+    assert (elsewhere / "rank_00001.log").read_text() == zerofleet.ok("logs", run_directory, "--rank", "1")
     assert_nothing_left(on_slurm.run_directory)
     start = last_start(Path(on_slurm.status["job_directory"]))
     assert start is not None

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from cluster.local import local_ray
 from launcher.run_directory import RunDirectory, read_json_lines
+from tests.support.unmeasured import unmeasured
 
 RECIPE = """
 name: tiny
@@ -73,7 +75,7 @@ class Zerofleet:
         return summary
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("orchestration")
     path = folder / "tiny.yaml"
@@ -81,9 +83,12 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def warm_ray() -> Iterator[dict[str, str]]:
-    with local_ray(num_cpus=4) as ray:
+    """Its workers are not measured; tests/training passes their lines."""
+    with ExitStack() as stack:
+        with unmeasured():
+            ray = stack.enter_context(local_ray(num_cpus=4))
         yield ray.environment
 
 
@@ -97,7 +102,7 @@ def zerofleet(tiny_recipe: Path, warm_ray: dict[str, str]) -> Iterator[Zerofleet
         process.communicate()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def uninterrupted(
     tiny_recipe: Path, warm_ray: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> RunDirectory:

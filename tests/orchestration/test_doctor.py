@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,15 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    folder = tmp_path_factory.mktemp("doctor")
+def lab() -> Iterator[Lab]:
+    with tempfile.TemporaryDirectory(prefix="zfnet-") as name:  # a short name: Ray's sockets lie below it
+        folder = Path(name)
+        with made(folder) as lab:
+            yield lab
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[Lab]:
     other = folder / "other" / "deepspeed-0.1.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.1\n")

@@ -29,9 +29,11 @@ class ForkServer:
     """Forks groups of ranks; `run` returns when all ranks of the group have ended."""
 
     def __init__(self, log_directory: Path) -> None:
+        from tests.support.unmeasured import unmeasured_environment  # this file is a program, too
+
         self.log = log_directory / "forked.log"
         environment = {
-            **os.environ,
+            **unmeasured_environment(),  # what it forks is killed, or ends without writing
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",

@@ -24,20 +24,26 @@ LEAVE_S = 10
 
 
 class Ranks:
-    """`size` processes joined in one gloo group; started by the first call, and by the first one after a failure."""
+    """`size` processes joined in one gloo group; started by the first call, and by the first one after a failure.
 
-    def __init__(self, size: int, log_directory: Path) -> None:
+    Of a measured one, coverage counts the lines of rank 0.
+    """
+
+    def __init__(self, size: int, log_directory: Path, *, measured: bool = True) -> None:
         self.size = size
+        self.measured = measured
         self.logs = [log_directory / f"rank_{rank}.log" for rank in range(size)]
         self.processes: list[subprocess.Popen[str]] = []
 
     def _start(self) -> None:
+        from tests.support.unmeasured import unmeasured_environment  # this file is a program, too
+
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         for rank in range(self.size):
             environment = {
-                **os.environ,
+                **(os.environ if self.measured and rank == 0 else unmeasured_environment()),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(self.size),

@@ -40,7 +40,7 @@ class NetworkRay:
     cpus: int = 2
     environment_of: dict[str, dict[str, str]] = field(default_factory=dict)
     token: str = field(default_factory=lambda: secrets.token_hex(16))
-    _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
@@ -80,19 +80,19 @@ class NetworkRay:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._processes.append(process)
+        self._processes[name] = process
 
     def _await(self, names: list[str]) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         for name in names:
             log = self.network.folder / f"ray-{name}.log"
             while b"Ray runtime started" not in log.read_bytes():
-                if time.monotonic() > deadline:
+                if self._processes[name].poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"Ray did not start on {name}:\n{log.read_text()[-3000:]}")
                 time.sleep(0.1)
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
+        for process in self._processes.values():
             process.terminate()  # nsenter; what it started dies with the machines
             process.wait(10)
 

@@ -39,7 +39,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 @pytest.fixture(scope="session")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"), measured=False)
     yield ranks
     ranks.close()
 
@@ -47,7 +47,7 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 @pytest.fixture(scope="module")
 def eight_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Not for the session: eight processes are much memory."""
-    ranks = Ranks(8, tmp_path_factory.mktemp("ranks"))
+    ranks = Ranks(8, tmp_path_factory.mktemp("ranks"), measured=False)
     yield ranks
     ranks.close()
 
