@@ -22,7 +22,6 @@ from launcher.tasks.causal_lm import CausalLanguageModelling
 from launcher.training.distributed import join_process_group
 from launcher.training.engine import build_engine
 from launcher.training.passes import own_part
-from tests.support.cases import forget_groups
 from tests.support.live_storages import LiveStorages
 
 Storages = dict[int, int]
@@ -119,7 +118,6 @@ def run(plan: Plan) -> dict[str, int]:
             result = measure(engine, before)
         engine.step()
     engine.destroy()
-    forget_groups()
     return {**result, "activations": activations, "gathered": gathered}
 
 
