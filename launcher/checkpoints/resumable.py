@@ -66,6 +66,8 @@ def unconvertible_reason(manifest: Manifest) -> str | None:
         return f"its experts are spread over expert_parallel_size {manifest.layout.expert_parallel_size}"
     if manifest.recipe.adapter is not None:
         return "an adapter's checkpoint is continued in its own layout"
+    if manifest.recipe.optimizer.type not in ("adamw", "sgd"):
+        return f"the states of {manifest.recipe.optimizer.type} are continued in their own layout"
     if manifest.zero_stage == 0 and manifest.precision != "fp32":
         return f"in {manifest.precision}, DeepSpeed keeps the optimizer of ZeRO stage 0 in a form of its own"
     return None

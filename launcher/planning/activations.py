@@ -30,6 +30,8 @@ class ActivationSettings:
     """What a rank's activations depend on besides the model.
 
     Attributes:
+        balances_experts: the probabilities of the routers are kept for the load-balancing loss; `None`: as the config's
+            `output_router_logits` says.
         packed: several documents in a row, each attending to itself only: a mask of sequence x sequence is made, and
             grouped keys are copied for every query head.
         vocabulary_parallel: the head and the loss are divided by the tensor-parallel ranks.
@@ -42,6 +44,7 @@ class ActivationSettings:
     attention: Attention = "sdpa"
     packed: bool = False
     gradient_checkpointing: bool = False
+    balances_experts: bool | None = None
     tensor_parallel_size: int = 1
     sequence_parallel_size: int = 1
     vocabulary_parallel: bool = True
@@ -193,9 +196,21 @@ class ActivationModel:
         tokens, hidden, width = self.settings.tokens, self.hidden, self.width
         full = tokens * (self._norms() + self._attention() + self._mlp(sparse) + self._residual_dropout())
         backward = tokens * width * (self._widest(sparse) + 3 * hidden)
+        routed = self._balance() if sparse else 0
         if not self.settings.gradient_checkpointing:
-            return LayerActivations(saved=int(full), recomputed=0, backward=int(backward))
-        return LayerActivations(saved=tokens * width * hidden, recomputed=int(full), backward=int(backward))
+            return LayerActivations(saved=int(full) + routed, recomputed=0, backward=int(backward))
+        saved = tokens * width * hidden + routed
+        return LayerActivations(saved=saved, recomputed=int(full), backward=int(backward))
+
+    def _balance(self) -> int:
+        """Of a layer with experts; kept under checkpointing too, because the loss is made outside of the layers."""
+        balances = self.settings.balances_experts
+        if balances is None:
+            balances = bool(self.config.get("output_router_logits"))
+        if not balances or self.layer.mlp != "experts":
+            return 0
+        number: int = self.values["num_experts"]
+        return self.settings.tokens * self.width * number
 
     def edges(self) -> EdgeActivations:
         """Bytes of batch, shared tables, final norm and loss."""

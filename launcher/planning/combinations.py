@@ -92,6 +92,15 @@ COMBINATIONS: tuple[Combination, ...] = (
         source="runtime/pipe/topology.py (PipeModelDataParallelTopology), module_inject/layers.py",
         test="test_layouts_pipeline.py",
     ),
+    Combination(
+        groups=frozenset({"expert"}),
+        zero_stages=frozenset({1, 2}),
+        precisions=frozenset({"fp32", "bf16"}),
+        offload=False,
+        reason="under stage 0 and 3 no test of ours has saved and exported experts",
+        source="runtime/engine.py: _configure_expert_parallel (AutoEP)",
+        test="test_layouts_expert.py",
+    ),
 )
 """Every legal combination. The search of layouts enumerates these rows and nothing else."""
 
@@ -104,7 +113,7 @@ FAMILIES_BY_KIND: dict[str, frozenset[str]] = {
     ),
     "sequence": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"}),
     "pipeline": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}),
-    "expert": frozenset(),
+    "expert": frozenset({"mixtral", "qwen2_moe", "qwen3_moe"}),
 }
 """Families that a test of ours has trained with each kind of groups."""
 
@@ -187,7 +196,17 @@ def model_problems(
             problems.append(Problem(message, f"parallel.{name}"))
         else:
             problems += [Problem(message, f"parallel.{name}") for message in _CHECKS[kind](shape, size, recipe)]
+            if kind == "expert":
+                problems += [Problem(message, f"parallel.{name}") for message in _unlike_experts(config)]
     return problems
+
+
+def balance_problems(config: Mapping[str, Any], recipe: Recipe) -> list[Problem]:
+    """Say that a model without experts has no routers to balance."""
+    shape = model_shape(config)
+    if not recipe.training.router_aux_loss_coef or shape is None or shape.num_experts:
+        return []
+    return [Problem(f"{shape.model_type} has no experts; leave it out", "training.router_aux_loss_coef")]
 
 
 def _tensor_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str]:
@@ -240,6 +259,17 @@ def _expert_problems(shape: ModelShape, size: int, recipe: Recipe) -> list[str]:
         problems.append(f"{size} does not divide the model's {shape.num_experts} experts; sizes that do: {fits}")
     if recipe.evaluation.generate.prompts:
         problems.append("ranks that share experts cannot generate text; leave evaluation.generate.prompts out")
+    return problems
+
+
+def _unlike_experts(config: Mapping[str, Any]) -> list[str]:
+    """What AutoEP's layer does otherwise than transformers' (`module_inject/auto_ep_layer.py`, `moe/ep_experts.py`)."""
+    problems = []
+    if config.get("router_jitter_noise"):
+        problems.append("AutoEP leaves the model's router_jitter_noise out; set it to 0 in the model's config")
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        problems.append(f"AutoEP computes experts with silu, the model's with {activation}; set it to 1")
     return problems
 
 

@@ -173,14 +173,16 @@ def activation_settings(
     device: Literal["cpu", "cuda"],
 ) -> ActivationSettings:
     """Settings of the activations."""
-    data, model = recipe.data, recipe.model
+    data, model, training = recipe.data, recipe.model, recipe.training
+    balance = training.router_aux_loss_coef
     return ActivationSettings(
-        precision=recipe.training.precision,
+        precision=training.precision,
         micro_batch_size=batch.micro_batch_size,
         sequence_length=data.sequence_length,
         attention=model.attn_implementation,
         packed=data.packing != "none" and not data.cross_document_attention,
-        gradient_checkpointing=recipe.training.gradient_checkpointing,
+        gradient_checkpointing=training.gradient_checkpointing,
+        balances_experts=None if balance is None else balance > 0,
         tensor_parallel_size=layout.tensor_parallel_size,
         sequence_parallel_size=layout.sequence_parallel_size,
         vocabulary_parallel=vocabulary_parallel(deepspeed_config),

@@ -9,7 +9,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import PlanError, Problem
-from launcher.planning.combinations import combination_problems, model_problems
+from launcher.planning.combinations import balance_problems, combination_problems, model_problems
 from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config, with_batch
 from launcher.planning.estimate import StepEstimate, estimate_ranks, estimate_step, machine_of, states_by_zero_stage
 from launcher.planning.fit import Candidate, fit_problems
@@ -107,9 +107,10 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
     if deepspeed is not None:
         offloads = {deepspeed.offload_optimizer, deepspeed.offload_param} != {"none"}
         problems += combination_problems(layout, deepspeed.zero_stage, recipe.training.precision, offloads)
-        problems += optimizer_problems(recipe.optimizer, deepspeed.zero_stage)
+        problems += optimizer_problems(recipe, layout, deepspeed.zero_stage, offloads)
     if config is not None:
         problems += model_problems(config, layout, recipe)
+        problems += balance_problems(config, recipe)
     elif layout.pipeline_parallel_size > 1:
         message = "a model on the hub is not cut into stages; download it, and name its folder in model_name_or_path"
         problems.append(Problem(message, "parallel.pipeline_parallel_size"))
@@ -164,9 +165,11 @@ def replan(plan: Plan, world_size: int) -> Plan:
         PlanError: the global batch can't be kept at this size; the text lists the sizes that work.
     """
     replicas, rest = divmod(world_size, plan.layout.model_parallel_size)
-    batch = None if rest or replicas < 1 else resize_batch(plan.batch, replicas)
+    experts = plan.layout.expert_parallel_size
+    batch = None if rest or replicas < 1 or replicas % experts else resize_batch(plan.batch, replicas)
     if batch is None:
-        fits = ", ".join(str(size * plan.layout.model_parallel_size) for size in divisors(plan.batch.global_batch_size))
+        kept = [size for size in divisors(plan.batch.global_batch_size) if size % experts == 0]
+        fits = ", ".join(str(size * plan.layout.model_parallel_size) for size in kept)
         message = (
             f"{world_size} workers cannot keep global_batch_size {plan.batch.global_batch_size}; sizes that can: {fits}"
         )

@@ -255,6 +255,10 @@ class TrainingSection(Section):
     """Steps of linear warm-up."""
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
     """Warm-up as a share of all steps, instead of warmup_steps."""
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
+    """Weight of the load-balancing loss of a mixture of experts (Fedus et al., arXiv 2101.03961, equations 4 to 6),
+    added to the training loss of each micro batch, not at evaluation; default: the model config's, where that says
+    `output_router_logits: true`, otherwise 0."""
     adversarial: AdversarialSection | None = None
     """Add the loss on disturbed inputs to the loss; ZeRO stages 0 to 2, data parallel."""
 
@@ -270,12 +274,16 @@ class TrainingSection(Section):
 class OptimizerSection(Section):
     """The optimizer and its constants; the learning rate and its schedule stand under `training`."""
 
-    type: Literal["adamw", "sgd"] = "adamw"
-    """`adamw`: Loshchilov and Hutter, arXiv 1711.05101; `sgd`: stochastic gradient descent with momentum."""
+    type: Literal["adamw", "sgd", "adafactor", "muon", "lion"] = "adamw"
+    """`adamw`: Loshchilov and Hutter, arXiv 1711.05101; `sgd`: stochastic gradient descent with momentum; `adafactor`:
+    Shazeer and Stern, arXiv 1804.04235, torch's; `muon`: Jordan et al. 2024, DeepSpeed's, for the matrices of the
+    layers, with AdamW for the rest; `lion` is known and refused."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, decoupled from the gradient but with `sgd`; biases and normalisation weights are not decayed."""
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Of `sgd`."""
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    """Of `sgd` (default 0) and `muon` (default 0.95)."""
+    adam_learning_rate: float | None = Field(default=None, gt=0)
+    """Of `muon`: the peak rate of what it leaves to AdamW (embeddings, head, norms, biases); default: the same."""
     layer_wise_lr_decay: float | None = Field(default=None, gt=0, lt=1)
     """Each layer learns at this share of the rate of the layer above it (Howard and Ruder, arXiv 1801.06146); the head
     at training.learning_rate, the embeddings at the lowest rate."""
@@ -571,6 +579,8 @@ class Recipe(Section):
                 "training.adversarial is for data parallel runs of the whole model under ZeRO stages 0 to 2: leave "
                 "parallel and adapter out, and set zero.stage to 2"
             )
+        if self.training.router_aux_loss_coef and self.task != "causal_lm":
+            raise ValueError(f"training.router_aux_loss_coef is for causal_lm, not for {self.task}")
         if (self.model.freeze or self.model.unfreeze) and spread:
             raise ValueError("model.freeze is for data parallel runs, with any ZeRO stage: leave parallel out")
         if self.distillation is not None:

@@ -1,6 +1,7 @@
 """Causal language modelling: predict each token from the ones before it in its document."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from launcher.data.examples import ExampleEncoder
+from launcher.models.experts import balance_weight
 from launcher.models.parallel import cross_entropy_sum
 from launcher.planning.plan import Plan
 from launcher.recipe.schema import Recipe, reads_packed_text
@@ -72,17 +74,30 @@ class CausalLanguageModelling(Task):
         """Count the positions that have a next token to predict."""
         return int((batch["labels"] != IGNORED).sum())
 
+    @cached_property
+    def balance(self) -> float:
+        """Weight of the load-balancing loss of a mixture of experts; 0 without one."""
+        return balance_weight(self.config(), self.plan.recipe.training.router_aux_loss_coef)
+
     def loss(self, model: Any, batch: Batch) -> LossOutput:
-        """Cross-entropy in nats, summed over targets, in fp32 whatever the model's precision."""
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        """Cross-entropy in nats, summed over targets, in fp32 whatever the model's precision.
+
+        In training, a mixture of experts' load-balancing loss is added: that of the micro batch, which counts by its
+        targets as the cross-entropy does.
+        """
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+        balances = self.balance > 0 and model.training
+        output = model(**inputs, **({"output_router_logits": True} if balances else {}))
         labels = batch["labels"]
-        logits = logits[:, -labels.shape[1] :]  # a learnt prompt has positions of its own before the text's
+        num_targets = (labels != IGNORED).sum()
+        logits = output.logits[:, -labels.shape[1] :]  # a learnt prompt has positions of its own before the text's
         loss_sum = cross_entropy_sum(model, logits, labels, IGNORED)
         section = self.plan.recipe.distillation
         if section is not None and model.training:
             if self._teacher is None:
                 self._teacher = Teacher(section, self.auto_class, logits.shape[-1])
-            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
             theirs = self._teacher.logits(labels.device, **inputs)
             loss_sum = distilled(loss_sum, soft_loss(logits, theirs, labels != IGNORED, section.temperature), section)
-        return LossOutput(loss_sum, (labels != IGNORED).sum())
+        if balances:
+            loss_sum = loss_sum + self.balance * num_targets * output.aux_loss
+        return LossOutput(loss_sum, num_targets)

@@ -63,11 +63,11 @@ def _replicated_weights(folder: Path, tensor_parallel_size: int) -> Iterator[tup
 def _expert_state_dict(folder: Path) -> dict[str, Any]:
     """Join the files of AutoEP's experts (`runtime/engine.py: _save_moe_checkpoint`), in the engine's precision.
 
-    AutoEP keeps transformers' fused `gate_up_proj` as two matrices, `w1` and `w3`, and calls the router otherwise
-    (`module_inject/auto_ep_layer.py: AutoEPMoELayer`).
+    AutoEP keeps transformers' fused `gate_up_proj` as two matrices, `w1` and `w3`, and calls router and shared expert
+    otherwise (`module_inject/auto_ep_layer.py: AutoEPMoELayer`).
     """
     whole: dict[str, Any] = {
-        name.replace(".mlp.router.gate.", ".mlp.gate."): tensor
+        name.replace(".mlp.router.gate.", ".mlp.gate.").replace(".mlp.shared_experts", ".mlp.shared_expert"): tensor
         for name, tensor in read_state(folder / "mp_rank_00_model_states.pt")["module"].items()
         if not name.endswith(".mlp.gate.gate.weight")  # the router again, under the name by which outputs are captured
     }

@@ -131,15 +131,14 @@ def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
     import deepspeed
 
     check_precision(plan.recipe.training.precision)
-    groups = parameter_groups(model, plan.recipe.optimizer.weight_decay)
-    if plan.layout.expert_parallel_size > 1:
-        upstream.let_auto_ep_capture_outputs()
-        groups = upstream.named_groups(groups)
     mpu = spread_sequences(model, plan.layout, plan.batch) if plan.layout.sequence_parallel_size > 1 else None
     optimizer, decay = plan.recipe.optimizer, plan.recipe.optimizer.layer_wise_lr_decay
     groups = parameter_groups(model, optimizer.weight_decay)
     if decay is not None:
         groups = layered_groups(model, optimizer.weight_decay, plan.recipe.training.learning_rate, decay)
+    if plan.layout.expert_parallel_size > 1:
+        upstream.let_auto_ep_capture_outputs()
+        groups = upstream.named_groups(groups)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         model_parameters=groups,

@@ -84,7 +84,9 @@ class DirectPasses:
             engine.backward(output.loss_sum * (self._ranks / max(num_targets, 1)), scale_wrt_gas=False)
             heartbeat.enter(Phase.OPTIMIZER)
             if index + 1 == len(micro_batches):
-                grad_norm = step_and_norm(engine, plan.zero_stage, plan.recipe.training.precision)
+                grad_norm = step_and_norm(
+                    engine, plan.zero_stage, plan.recipe.training.precision, plan.recipe.optimizer.type
+                )
             else:
                 engine.step()
             loss_sum += output.loss_sum.detach()

@@ -89,8 +89,11 @@ def leave_out_frozen_aliases(engine: Any) -> None:
     engine.module_state_dict = module_state_dict
 
 
-def step_and_norm(engine: Any, zero_stage: int, precision: str) -> float | None:
+def step_and_norm(engine: Any, zero_stage: int, precision: str, optimizer: str) -> float | None:
     """Make the engine's optimizer step and return the global gradient norm before clipping.
+
+    Under ZeRO 1 and 2 Muon's directions are in the place of the gradients before the norm is taken
+    (`runtime/zero/stage_1_and_2.py: get_flat_partition`), so none is known.
 
     Under ZeRO 0 in fp32 `engine.get_global_grad_norm()` is None (`runtime/engine.py: _take_model_step` drops what
     `clip_grad_norm_` returns), so the norm is taken here, from the averaged gradients that the step is about to use.
@@ -99,6 +102,8 @@ def step_and_norm(engine: Any, zero_stage: int, precision: str) -> float | None:
     if zero_stage == 0 and precision == "fp32":
         norm = _gradient_norm(engine)
     engine.step()
+    if optimizer == "muon" and zero_stage > 0:
+        return None
     if norm is None:
         known = engine.get_global_grad_norm()
         norm = None if known is None else float(known)

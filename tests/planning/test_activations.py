@@ -52,17 +52,22 @@ def measure(config: dict[str, Any], wanted: ActivationSettings) -> tuple[int, in
     with counter:
         ids, labels = (torch.randint(1, made.vocab_size, shape) for _ in range(2))
         positions = (torch.arange(length) % (length // 2 if wanted.packed else length)).repeat(shape[0], 1).clone()
-        loss = _loss(model, ids, positions, labels)
+        loss = _loss(model, wanted, ids, positions, labels)
         gc.collect()
         kept = counter.live
         loss.backward()
     return kept, counter.peak
 
 
-def _loss(model: Any, ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _loss(
+    model: Any, wanted: ActivationSettings, ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
     """As `launcher.tasks.causal_lm` computes it."""
-    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    output = model(**inputs, **({"output_router_logits": True} if wanted.balances_experts else {}))
+    logits = output.logits.float().flatten(0, 1)
+    loss = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
+    return loss + output.aux_loss if wanted.balances_experts else loss
 
 
 def planned(config: dict[str, Any], wanted: ActivationSettings) -> tuple[int, int]:
@@ -106,6 +111,17 @@ SHAPES = {
 def test_other_batches_and_shapes(name: str, changes: dict[str, Any]) -> None:
     wanted = replace(PLAIN, **SHAPES[name])
     config = small("llama", **changes)
+    kept, peak = measure(config, wanted)
+    planned_kept, planned_peak = planned(config, wanted)
+    assert planned_kept == pytest.approx(kept, rel=0.02)
+    assert planned_peak >= 0.97 * peak
+
+
+@pytest.mark.parametrize("changes", [{"precision": "fp32"}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_balanced_routers_keep_their_probabilities(family: str, changes: dict[str, Any]) -> None:
+    wanted = replace(PLAIN, balances_experts=True, **changes)
+    config = small(family, num_local_experts=32)
     kept, peak = measure(config, wanted)
     planned_kept, planned_peak = planned(config, wanted)
     assert planned_kept == pytest.approx(kept, rel=0.02)

@@ -13,6 +13,7 @@ from launcher.planning.plan import make_plan
 from launcher.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
+EXPERTS = {"model.config.model_type": "mixtral", "parallel.expert_parallel_size": 2}
 TRAINING_TESTS = Path(__file__).parents[1] / "training"
 
 
@@ -111,6 +112,60 @@ def test_offload_to_nvme_is_not_proved(make_recipe: MakeRecipe) -> None:
     nvme = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}}}
     recipe = make_recipe({"zero.stage": 3, "deepspeed.overrides": nvme})
     refused(recipe, "zero.offload_optimizer: is nvme, where no test of ours has offloaded anything; set it to cpu")
+
+
+def test_experts_that_do_not_divide(make_recipe: MakeRecipe) -> None:
+    mixtral = {"model.config.model_type": "mixtral", "model.config.num_local_experts": 6}
+    recipe = make_recipe({**mixtral, "parallel.expert_parallel_size": 4})
+    refused(recipe, "parallel.expert_parallel_size: 4 does not divide the model's 6 experts; sizes that do: 1, 2, 3, 6")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "AutoEP computes experts with silu, the model's with gelu; set it to 1"),
+        ({"router_jitter_noise": 0.1}, "AutoEP leaves the model's router_jitter_noise out; set it to 0"),
+    ],
+    ids=["activation", "jitter"],
+)
+def test_experts_that_auto_ep_computes_otherwise(
+    make_recipe: MakeRecipe, change: dict[str, object], message: str
+) -> None:
+    fields = {f"model.config.{name}": value for name, value in {"model_type": "mixtral", **change}.items()}
+    refused(make_recipe({**fields, "parallel.expert_parallel_size": 2}), f"parallel.expert_parallel_size: {message}")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_experts_want_zero_1_or_2(make_recipe: MakeRecipe, stage: int) -> None:
+    recipe = make_recipe({**EXPERTS, "zero.stage": stage})
+    refused(recipe, f"zero.stage: is {stage}, but expert parallelism trains under 1 or 2: ")
+    refused(recipe, f"set it to {1 if stage == 0 else 2}")
+
+
+def test_experts_with_what_no_test_has_trained(make_recipe: MakeRecipe) -> None:
+    refused(
+        make_recipe({**EXPERTS, "parallel.tensor_parallel_size": 2}),
+        "parallel: tensor and expert parallelism are not trained together by a test of ours; nearest that are: "
+        "tensor parallelism, expert parallelism",
+    )
+    refused(make_recipe({**EXPERTS, "zero.offload_optimizer": "cpu"}), "no test of ours offloads with expert")
+    prompts = make_recipe({**EXPERTS, "evaluation.generate": {"prompts": ["a"]}})
+    refused(prompts, "ranks that share experts cannot generate text; leave evaluation.generate.prompts out")
+
+
+def test_a_family_whose_experts_auto_ep_does_not_divide(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe({**EXPERTS, "model.config": {"model_type": "gpt_oss"}})
+    refused(recipe, "expert parallelism is not proved for gpt_oss; set it to 1, or train one of mixtral, qwen2_moe, ")
+
+
+def test_a_dense_model_has_no_routers_to_balance(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe({"training.router_aux_loss_coef": 0.01})
+    refused(recipe, "training.router_aux_loss_coef: llama has no experts; leave it out")
+
+
+def test_only_language_models_balance_their_routers(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef is for causal_lm, not for sequence_classification"):
+        make_recipe({"training.router_aux_loss_coef": 0.01, "task": "sequence_classification"})
 
 
 def test_conversations_are_data_parallel(make_recipe: MakeRecipe) -> None:

@@ -148,6 +148,14 @@ def test_replanning_keeps_the_global_batch(make_recipe: MakeRecipe) -> None:
     assert replan(plan, 4) == plan
 
 
+def test_replanning_keeps_the_experts_groups(make_recipe: MakeRecipe) -> None:
+    experts = {"model.config.model_type": "mixtral", "parallel.expert_parallel_size": 2}
+    plan = make_plan(make_recipe({**experts, "training.gradient_accumulation_steps": 6}), Resources(workers_per_node=4))
+    assert replan(plan, 2).layout.expert_parallel_size == 2
+    with pytest.raises(PlanError, match=r"3 workers cannot keep global_batch_size 48; sizes that can: 2, 4, 6, 8"):
+        replan(plan, 3)
+
+
 def test_a_replan_is_what_a_fresh_plan_would_be(make_recipe: MakeRecipe) -> None:
     changes = {"training.gradient_accumulation_steps": None, "training.global_batch_size": 16, "zero.stage": 3}
     recipe = make_recipe(changes)

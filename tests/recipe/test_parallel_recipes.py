@@ -13,6 +13,7 @@ CPU = {
     "sequence": 2,
     "pipeline": 2,
     "zero3-offload": 2,
+    "expert": 2,
     "three-dimensions": 8,
 }
 GPU_NODES = {"llama3-8b": 1, "llama3-70b": 4, "llama3-405b": 128, "mixtral-8x7b": 4}

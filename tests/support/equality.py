@@ -46,6 +46,17 @@ SHAPE = {
 }
 """Four key-value heads: enough for four tensor-parallel ranks."""
 
+_QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_QWEN, "shared_expert_intermediate_size": 40},
+    "qwen3_moe": {**_QWEN, "head_dim": 8, "mlp_only_layers": [0], "norm_topk_prob": True},
+}
+"""Small mixtures of experts; one of them with a shared expert, one with a dense layer."""
+
+_OF_THE_LAYOUT = {"micro_batch_size", "gradient_checkpointing"}
+"""Settings that change nothing of what is learned."""
+
 
 @dataclass
 class Equality:
@@ -101,11 +112,14 @@ class Equality:
     def reference(self, model: Path, plan: Plan) -> tuple[PreparedData, reference.Reference]:
         """The plain run of the plan's recipe; it does not depend on the layout, so it is made once."""
         recipe = plan.recipe
-        key = json.dumps([str(model), recipe.optimizer.model_dump(), recipe.training.model_dump()], default=str)
-        key = key.replace(f'"micro_batch_size": {recipe.training.micro_batch_size}', "")
+        training = recipe.training.model_dump(exclude=_OF_THE_LAYOUT)
+        key = json.dumps([str(model), recipe.optimizer.model_dump(), training], default=str)
+        micro_batches = _micro_batches(plan)
+        if recipe.training.router_aux_loss_coef:
+            key += str(micro_batches)
         if key not in self._references:
             data = prepare(recipe, progress=False)
-            plain = reference.train(data.directory, model, recipe, GLOBAL_BATCH, STEPS)
+            plain = reference.train(data.directory, model, recipe, GLOBAL_BATCH, STEPS, micro_batches)
             assert plain.losses[0] - plain.losses[-1] > 0.3, (
                 "the model did not learn, so equal losses would show little"
             )
@@ -150,6 +164,13 @@ class Equality:
         assert [record["loss"] for record in records] == pytest.approx(plain.losses, abs=loss, rel=0)
         assert [record["grad_norm"] for record in records] == pytest.approx(plain.grad_norms, rel=norm, abs=0)
         return directory, plan
+
+
+def _micro_batches(plan: Plan) -> list[list[int]]:
+    """Which samples of a global batch each rank takes together: of n ranks, rank r has every n-th from the r-th on."""
+    replicas, micro = plan.layout.data_parallel_size, plan.batch.micro_batch_size
+    own = [list(range(rank, GLOBAL_BATCH, replicas)) for rank in range(replicas)]
+    return [samples[start : start + micro] for samples in own for start in range(0, len(samples), micro)]
 
 
 RanksOf = Callable[[int], Ranks]

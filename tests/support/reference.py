@@ -32,37 +32,110 @@ def global_batch(data: Path, seed: int, step: int, size: int) -> dict[str, torch
     }
 
 
-def train(data: Path, model_folder: Path, recipe: Any, global_batch_size: int, steps: int) -> Reference:
-    """Train with torch.optim.AdamW on whole global batches."""
+def train(
+    data: Path, model_folder: Path, recipe: Any, global_batch_size: int, steps: int, micro_batches: list[list[int]]
+) -> Reference:
+    """Train on whole global batches; the micro batches matter to the balance of experts alone."""
     attention = recipe.model.attn_implementation
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation=attention)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
     o, t = recipe.optimizer, recipe.training
-    groups = [{"params": decay, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = make_optimizer(groups, o, t.learning_rate)
+    optimizers = make_optimizers(model, o, t.learning_rate)
     losses, norms = [], []
     for step in range(steps):
         batch = global_batch(data, recipe.seed, step, global_batch_size)
-        for group in optimizer.param_groups:
-            group["lr"] = t.learning_rate * cosine_with_warmup(step, t.warmup_steps, t.max_steps)
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        targets = batch["labels"][:, 1:].reshape(-1)
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = group["peak"] * cosine_with_warmup(step, t.warmup_steps, t.max_steps)
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+        output = model(**inputs, **({"output_router_logits": True} if t.router_aux_loss_coef else {}))
+        logits, targets = output.logits, batch["labels"][:, 1:].reshape(-1)
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(len(targets), -1), targets, ignore_index=-100)
-        optimizer.zero_grad()
+        if t.router_aux_loss_coef:
+            balance = load_balance(output.router_logits, batch["labels"], micro_batches, model.num_experts_per_tok)
+            loss = loss + t.router_aux_loss_coef * balance
+        model.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), t.max_grad_norm or math.inf)))
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.item())
     return Reference(losses, norms)
 
 
-def make_optimizer(groups: list[dict[str, Any]], section: Any, learning_rate: float) -> torch.optim.Optimizer:
-    """The optimizer of torch that a recipe's section means."""
-    if section.type == "adamw":
+def load_balance(
+    router_logits: tuple[torch.Tensor, ...], labels: torch.Tensor, micro_batches: list[list[int]], chosen: int
+) -> torch.Tensor:
+    """The mean over micro batches, by their targets, of experts x sum of (share of the choices x mean probability).
+
+    Fedus et al., arXiv 2101.03961, equations 4 to 6, over the tokens of all layers together.
+    """
+    samples, length = labels.shape
+    counts = (labels[:, 1:] != -100).sum(dim=1)
+    total = torch.zeros(())
+    for rows in micro_batches:
+        logits = torch.cat([layer.view(samples, length, -1)[rows].flatten(0, 1) for layer in router_logits])
+        probabilities = logits.softmax(-1)
+        choices = torch.zeros_like(probabilities).scatter(1, probabilities.topk(chosen).indices, 1.0)
+        balance = probabilities.shape[1] * (choices.mean(0) * probabilities.mean(0)).sum()
+        total = total + balance * counts[rows].sum() / counts.sum()
+    return total
+
+
+def make_optimizers(model: torch.nn.Module, section: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """What a recipe's section means, of torch but for Muon; each group knows its `peak` rate."""
+    matrices = []
+    if section.type == "muon":
+        outside = ("embed", "lm_head")
+        matrices = [p for n, p in model.named_parameters() if p.ndim > 1 and not any(part in n for part in outside)]
+    taken = set(map(id, matrices))
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": section.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    peak = section.adam_learning_rate or learning_rate
+    optimizers: list[torch.optim.Optimizer]
+    if section.type == "sgd":
+        optimizers = [torch.optim.SGD(groups, lr=peak, momentum=section.momentum or 0.0)]
+    elif section.type == "adafactor":
+        optimizers = [torch.optim.Adafactor(groups, lr=peak)]
+    else:
         betas = (section.adam_beta1, section.adam_beta2)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=section.adam_epsilon)
-    return torch.optim.SGD(groups, lr=learning_rate, momentum=section.momentum)
+        optimizers = [torch.optim.AdamW(groups, lr=peak, betas=betas, eps=section.adam_epsilon)]
+    for group in optimizers[0].param_groups:
+        group["peak"] = peak
+    if matrices:
+        momentum = 0.95 if section.momentum is None else section.momentum
+        optimizers.append(Muon(matrices, learning_rate, section.weight_decay, momentum))
+    return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon), all of it in fp32."""
+
+    def __init__(self, parameters: list[torch.Tensor], peak: float, weight_decay: float, momentum: float) -> None:
+        super().__init__(parameters, {"lr": peak, "peak": peak, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Nesterov's momentum, its direction made orthogonal, larger for tall matrices."""
+        (group,) = self.param_groups
+        for parameter in group["params"]:
+            moment = self.state[parameter].setdefault("moment", torch.zeros_like(parameter))
+            moment.lerp_(parameter.grad, 1 - group["momentum"])
+            direction = orthogonal(parameter.grad.lerp(moment, group["momentum"]))
+            rows, columns = parameter.shape
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.sub_(direction, alpha=group["lr"] * math.sqrt(max(1.0, rows / columns)))
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """Five steps of the quintic Newton-Schulz iteration; singular values come near to 1."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / (wide.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 
 def cosine_with_warmup(step: int, warmup: int, total: int) -> float:

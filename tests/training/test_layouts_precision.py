@@ -10,7 +10,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from launcher.checkpoints import folders
 from launcher.training.checkpoint_files import read_state
-from tests.support.equality import Equality, RanksOf
+from tests.support.equality import MIXTURES, Equality, RanksOf
 from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.matrix
@@ -24,14 +24,18 @@ SIXTEEN_BITS = {
     "tensor": ("tensor_parallel_size=2", "zero.stage=1"),
     "sequence": ("sequence_parallel_size=2", "zero.stage=2"),
     "pipeline": ("pipeline_parallel_size=2", "zero.stage=1"),
+    "expert": ("expert_parallel_size=2", "zero.stage=1"),
+    "expert zero 2": ("expert_parallel_size=2", "zero.stage=2"),
 }
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", SIXTEEN_BITS)
 def test_bf16(layout: str, ranks_of: RanksOf, equality: Equality) -> None:
-    data_parallel = 2 if layout.startswith("zero") else 1
-    equality.check(ranks_of(2), "precision=bf16", *SIXTEEN_BITS[layout], data_parallel=data_parallel, **BF16)
+    data_parallel = 2 if layout.startswith(("zero", "expert")) else 1
+    model = equality.model("mixtral", **MIXTURES["mixtral"]) if layout.startswith("expert") else None
+    settings = ("precision=bf16", *SIXTEEN_BITS[layout])
+    equality.check(ranks_of(2), *settings, model=model, data_parallel=data_parallel, **BF16)
 
 
 @pytest.mark.distributed

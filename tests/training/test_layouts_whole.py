@@ -13,7 +13,7 @@ from launcher.data.store import PreparedData
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory, read_json_lines
 from launcher.training.export import export_checkpoint
-from tests.support.equality import STEPS, Equality, RanksOf
+from tests.support.equality import MIXTURES, STEPS, Equality, RanksOf
 
 pytestmark = pytest.mark.matrix
 
@@ -32,6 +32,10 @@ LAYOUTS = {
     "pipeline tied": ("pipeline_parallel_size=2", "zero.stage=1"),
     "pipeline tensor": ("pipeline_parallel_size=2", "tensor_parallel_size=2", "zero.stage=1"),
     "pipeline tensor tied": ("pipeline_parallel_size=2", "tensor_parallel_size=2", "zero.stage=1"),
+    "expert mixtral ZeRO 1 tied": ("expert_parallel_size=4", "zero.stage=1"),
+    "expert mixtral ZeRO 2": ("expert_parallel_size=2", "zero.stage=2", "router_aux_loss_coef=0.3"),
+    "expert qwen2_moe": ("expert_parallel_size=4", "zero.stage=2"),
+    "expert qwen3_moe": ("expert_parallel_size=2", "zero.stage=2"),
 }
 
 
@@ -44,7 +48,9 @@ def test_a_spread_model_is_evaluated_resumed_and_exported(
     model, settings = equality.model(tie_word_embeddings="tied" in layout), LAYOUTS[layout]
     data_parallel = 2
     if "expert" in layout:
-        model, data_parallel = equality.model("mixtral", num_local_experts=4), 4
+        family = layout.split()[1]
+        model = equality.model(family, **MIXTURES[family], tie_word_embeddings="tied" in layout)
+        data_parallel = 4
     elif layout.startswith("pipeline tensor"):
         data_parallel = 1
     generates = "pipeline" not in layout and "expert" not in layout
