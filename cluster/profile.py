@@ -45,9 +45,10 @@ class Profile(BaseModel):
     """`local`: a Ray of our own on this machine, or the one in `RAY_ADDRESS`; `ray`: a cluster that runs already;
     `slurm` and `ssh`: machines on which Ray is started for the job."""
     nodes: int = Field(default=1, ge=1)
-    """Machines; on the local backend, Ray nodes on this one."""
+    """Machines; on the local backend, Ray nodes on this one. `{min: 2, max: 8}`: elastic, as many of them as there
+    are."""
     min_nodes: int | None = Field(default=None, ge=1)
-    """Fewest machines to go on with when others are lost. Not supported yet: all are needed."""
+    """Fewest machines to train on when others are lost; what `nodes: {min: ...}` sets. Default: all are needed."""
     workers_per_node: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Training processes on each machine; `auto`: one a GPU that this machine shows, or 2 where there is none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -83,10 +84,15 @@ class Profile(BaseModel):
 
     @model_validator(mode="after")
     def _elastic_between(self) -> Self:
-        if self.min_nodes is not None:
+        if self.min_nodes is None:
+            return self
+        if self.min_nodes > self.nodes:
+            raise ValueError(f"min_nodes is {self.min_nodes}, more than nodes {self.nodes}")
+        if self.backend not in ("local", "ray"):
             raise ValueError(
-                f"an elastic number of nodes (min {self.min_nodes}, max {self.nodes}) is not supported yet; "
-                f"set nodes: {self.nodes}, and after a loss run again with fewer"
+                f"an elastic number of nodes (min {self.min_nodes}, max {self.nodes}) is not supported on the "
+                f"{self.backend} backend, whose job has the nodes that it began with; set nodes: {self.nodes}, or join "
+                "a Ray cluster with backend: ray"
             )
         return self
 

@@ -94,8 +94,8 @@ def _lines(simulation: "Simulation", recommendation: "Recommendation") -> list[s
     if rigid is not None and elastic is not None:
         pays = "pays" if elastic > rigid + 0.005 else "does not pay"
         lines.append(
-            f"going on with fewer nodes {pays}: down to {max(1, scenario.nodes // 2)} of them, the run makes "
-            f"{elastic:.1%} of the steps of days without trouble, waiting for all {rigid:.1%}"
+            f"an elastic size {pays}: with nodes: {{min: {max(1, scenario.nodes // 2)}, max: {scenario.nodes}}} in the "
+            f"profile the run makes {elastic:.1%} of the steps of days without trouble, otherwise {rigid:.1%}"
         )
     if simulation.ended == "failed":
         lines.append(f"the run gave up after {account.wall / 86400:.1f} days: {simulation.reason}")

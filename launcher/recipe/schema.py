@@ -480,7 +480,7 @@ class FaultToleranceSection(Section):
     wait_for_nodes_seconds: float = Field(default=600.0, ge=0)
     """How long a run that lost nodes waits for others before it gives up."""
     resize_interval_seconds: float = Field(default=600.0, ge=0)
-    """A run on fewer nodes than it could have grows after a save, but not more often. No profile asks for that yet."""
+    """A run on fewer nodes than its profile's most grows after a save when there are more, but not more often."""
     hang_seconds: float | None = Field(default=None, gt=0)
     """Training that makes no progress for so long hangs, and is started again; default: 30, or 5 steps if that is
     more."""

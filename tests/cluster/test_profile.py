@@ -220,9 +220,15 @@ def test_cuda_without_a_gpu_needs_a_number_of_workers(gpus):
         Profile(name="p", device="cuda").counts()
 
 
-@pytest.mark.parametrize("text", ["nodes: {min: 2, max: 8}", "nodes: 8\nmin_nodes: 2"])
-def test_an_elastic_number_of_nodes_is_refused(tmp_path: Path, text: str):
+def test_an_elastic_number_of_nodes(tmp_path: Path):
     path = tmp_path / "p.yaml"
-    path.write_text(f"backend: ray\n{text}\n")
-    with pytest.raises(ProfileError, match=r"an elastic number of nodes \(min 2, max 8\) is not supported yet"):
+    for text in ("nodes: {min: 2, max: 8}", "nodes: 8\nmin_nodes: 2"):
+        path.write_text(f"backend: ray\n{text}\n")
+        profile = load_profile(path)
+        assert (profile.nodes, profile.min_nodes) == (8, 2)
+    path.write_text("backend: ray\nnodes: {min: 9, max: 8}\n")
+    with pytest.raises(ProfileError, match="min_nodes is 9, more than nodes 8"):
+        load_profile(path)
+    path.write_text("backend: slurm\nworkers_per_node: 1\ndevice: cpu\nnodes: {min: 2, max: 8}\n")
+    with pytest.raises(ProfileError, match=r"elastic number of nodes \(min 2, max 8\) is not supported on the slurm"):
         load_profile(path)
