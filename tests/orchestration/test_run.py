@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -217,8 +218,7 @@ def test_a_cold_start_needs_nothing_but_the_command(tiny_recipe: Path, tmp_path:
     exits = tmp_path / "exits"
     exits.mkdir()
     (tmp_path / "sitecustomize.py").write_text(AT_EXIT.format(folder=str(exits)))
-    environment = {"RAY_ADDRESS": "", "PYTHONPATH": str(tmp_path)}
-    before = {process.pid for process in psutil.process_iter()}
+    environment = {"RAY_ADDRESS": "", "PYTHONPATH": str(tmp_path), "COLD_START": str(tmp_path)}
     command = Zerofleet(tiny_recipe, environment)
     directory = RunDirectory.at(tmp_path / "run")
     code, out, err = command.run("run", str(tiny_recipe), "max_steps=2", "--run-dir", str(directory.path))
@@ -226,13 +226,15 @@ def test_a_cold_start_needs_nothing_but_the_command(tiny_recipe: Path, tmp_path:
     assert "complete, 2 steps" in out
     assert "unigram baseline" in out
     assert "step 2/2" in err or "workers started" in err
+
+    def of_command(process: psutil.Process) -> bool:
+        with suppress(psutil.Error):
+            return process.environ().get("COLD_START") == str(tmp_path)
+        return False  # it has ended, or is not ours to ask
+
     ended = {int(path.name) for path in exits.iterdir()}
     assert set(worker_pids(directory).values()) <= ended, "what a worker registered for its exit is run"
-    left = [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if p.pid not in before and "zf-" in " ".join(p.info["cmdline"] or [])
-    ]
+    left = [process for process in psutil.process_iter() if of_command(process)]
     assert left == []
     code, out, _ = command.run("export", str(directory.path), "--json")
     assert code == 0
