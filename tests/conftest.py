@@ -14,8 +14,8 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 _HARDWARE = "hardware:"
 """How the reason of a skip begins when the machine lacks a device (a GPU, say): the only skip that CI accepts."""
 
-EVERY = 4
-"""Of the cells of a matrix, a test run takes the first and every fourth after it."""
+EVERY = 6
+"""Of the cells of a matrix, a test run takes the first and every sixth after it."""
 
 _CLUSTERS = ("tests/jobs/", "tests/orchestration/")
 """Tests that start Ray or Slurm and mostly wait."""

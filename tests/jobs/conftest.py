@@ -44,7 +44,7 @@ data:
   sequence_length: 32
   preprocessing_num_workers: 1
   cache_directory: {cache}
-training: {{max_steps: 12, micro_batch_size: 1, global_batch_size: 24, precision: fp32, learning_rate: 1.0e-3,
+training: {{max_steps: 12, micro_batch_size: 1, global_batch_size: 16, precision: fp32, learning_rate: 1.0e-3,
            lr_scheduler_type: constant}}
 checkpoint: {{save_steps: 1000}}
 logging: {{logging_steps: 1, tensorboard: false}}
@@ -110,7 +110,7 @@ class Zerofleet:
             assert not ended, f"{status['state']}: {status['reason']}\n{self.run('logs', job)[1]}"
             return None
 
-        return wait_for(reached, f"state {' or '.join(states)} of {job}", timeout, every=1.5)
+        return wait_for(reached, f"state {' or '.join(states)} of {job}", timeout, every=2)
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout: float = 60, every: float = 0.1) -> Any:

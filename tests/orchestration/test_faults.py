@@ -53,11 +53,9 @@ SAVES = ("phase.save", "commit.gathered", "commit.renamed", "commit.synced")
 REPRESENTATIVE = [
     [
         Cell("exit", "phase.load"),
-        Cell("sigkill", "phase.forward", step=7),
         Cell("exception", "phase.backward", rank=0, step=18),
         Cell("sigkill", "commit.renamed", rank=0),
-        Cell("memory", "phase.data", step=60),
-        Cell("sigkill", "phase.evaluate", step=100),
+        Cell("memory", "phase.evaluate", step=100),
     ]
 ]
 
