@@ -110,7 +110,8 @@ def import_file(path: Path) -> Imported:
 def from_training_arguments(content: Mapping[str, Any]) -> Imported:
     """From `TrainingArguments.to_json_string()`."""
     found, rest = Imported("transformers' TrainingArguments"), {**_DEFAULTS, **content}
-    rest.pop("accelerator_config", None)
+    for key in ("accelerator_config", "disable_tqdm"):  # written whatever was asked for
+        rest.pop(key, None)
     if not rest.get("fsdp"):
         rest.pop("fsdp_config", None)
     if positive(rest.get("max_steps")):

@@ -115,6 +115,7 @@ def test_a_node_dies_and_returns(lab: tuple[Network, NetworkRay], recipe: Path, 
         network.power_off(network.machines[2])
 
         def resized(count: int) -> bool:
+            assert process.poll() is None, process.communicate()
             events = read_json_lines(directory.events)
             return sum(event["state"] == "resizing" for event in events) == count
 

@@ -14,10 +14,13 @@ from launcher.planning.plan import Plan
 from launcher.recipe.tasks import TASKS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RECIPES = {
-    path.relative_to(REPOSITORY / "recipes").with_suffix("").as_posix(): path.read_text().splitlines()[1]
+TEXTS = {
+    path.relative_to(REPOSITORY / "recipes").with_suffix("").as_posix(): path.read_text()
     for path in (REPOSITORY / "recipes").rglob("*.yaml")
 }
+RECIPES = {name: text.splitlines()[1] for name, text in TEXTS.items()}
+FETCHED = {"finetune/movie-reviews": ("minilm", "bert"), "finetune/smollm2-lora": ("smollm2-135m-instruct", "llama")}
+"""Recipes of weights that benchmarks/real_weights.py fetches: their folder, and the kind of model in it."""
 REAL = {name: line for name, line in RECIPES.items() if line.startswith("# zerofleet plan ") and "--gpu" in line}
 
 
@@ -49,7 +52,21 @@ def test_a_real_recipe_fits_the_cluster_that_it_names(name: str) -> None:
     assert 0.2 < plan.step.mfu < 0.6
 
 
+@pytest.fixture
+def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders where fetched weights would be, with the configuration alone, which is all that a plan reads."""
+    monkeypatch.setenv("ZEROFLEET_ASSETS", str(tmp_path))
+    for folder, model_type in FETCHED.values():
+        AutoConfig.for_model(model_type).save_pretrained(tmp_path / folder)
+
+
+def test_recipes_of_fetched_weights_are_known() -> None:
+    named = {name for name, text in TEXTS.items() if 'model_name_or_path: "${env:ZEROFLEET_ASSETS:-' in text}
+    assert named == set(FETCHED)
+
+
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.usefixtures("assets")
 def test_every_recipe_is_planned_and_has_the_parameters_that_transformers_counts(name: str) -> None:
     line = RECIPES[name] if RECIPES[name].startswith("# zerofleet plan ") else f"# zerofleet plan {name}"
     plan = planned(*shlex.split(line.removeprefix("# zerofleet ")))
