@@ -71,8 +71,8 @@ def test_help_names_every_verb(zerofleet):
     listed = [line.split()[0] for line in outcome.out.partition("Commands:")[2].splitlines() if line.strip()]
     assert listed == [
         *("run", "submit", "jobs", "status", "logs", "attach", "cancel", "report", "sweep"),
-        *("plan", "doctor", "simulate", "prepare", "export", "evaluate", "generate", "tensorboard", "schema"),
-        *("recipes", "profile", "checkpoint"),
+        *("plan", "doctor", "simulate", "prepare", "export", "evaluate", "predict", "generate", "tensorboard"),
+        *("import", "schema", "recipes", "profile", "checkpoint"),
     ]
     for verb in listed:
         assert zerofleet(verb, "--help").code == 0
