@@ -65,7 +65,7 @@ REACHED = [
     ("finetune/supervised", of_completions, ("training.max_steps=60",)),
     ("finetune/preference", of_pairs, ("training.max_steps=50",)),
     ("finetune/sentence-embedding", of_ranks, ()),
-    ("finetune/sequence-to-sequence", of_targets, ("training.max_steps=60",)),
+    ("finetune/sequence-to-sequence", of_targets, ()),
 ]
 
 
