@@ -202,6 +202,7 @@ def test_a_requeue_by_an_administrator_and_a_time_limit_change_no_loss(
     wait_for_step(run_directory, 25)
     slurm.command("scontrol", "requeue", slurm_id)
     zerofleet.wait_for_state(job, "PENDING")
+    zerofleet.wait_for_state(job, "RUNNING")  # now the first start has ended, and has written all of its steps
     reached = max(losses(run_directory))
     wait_for_step(run_directory, reached + 5)
 
