@@ -49,7 +49,7 @@ quickstart: install
 test: install
 	$(PYTEST)
 
-# Apart from `make test`: Python 3.11 takes half as much time again for code whose lines are counted.
+# Apart from `make test`: Python 3.11 takes up to twice the time for code whose lines are counted.
 coverage: install
 	$(PYTEST) --cov --cov-report=term --cov-fail-under=$(COVERAGE)
 

@@ -58,15 +58,15 @@ def test_a_universal_load_looks_for_the_engines_names_and_for_tensor_parallel_gr
 
 
 def test_auto_ep_asks_the_registry_in_a_way_that_transformers_does_not_know() -> None:
-    registry = output_capturing._CanRecordRegistry()
+    recorded = output_capturing._CanRecordRegistry()
     with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
-        registry.get("LlamaModel", None)
+        recorded.get("LlamaModel", None)
 
 
 def test_our_registry_answers_both() -> None:
     kind = type("Registry", (_ByNameOrModel, output_capturing._CanRecordRegistry), {})
-    registry, model = kind(), torch.nn.Linear(1, 1)
-    registry[model] = {"hidden_states": 1}
-    assert registry.get(model) == registry.get(str(model.__class__), None) == {"hidden_states": 1}
-    assert registry.get("unknown", None) is None
-    assert registry.get(torch.nn.ReLU()) == {}
+    recorded, model = kind(), torch.nn.Linear(1, 1)
+    recorded[model] = {"hidden_states": 1}
+    assert recorded.get(model) == recorded.get(str(model.__class__), None) == {"hidden_states": 1}
+    assert recorded.get("unknown", None) is None
+    assert recorded.get(torch.nn.ReLU()) == {}
