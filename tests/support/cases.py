@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -198,12 +199,14 @@ def run_with_held_writer(run_directory: str, data: str, hold_at: int, release_at
     Args:
         run_directory: of the run.
         data: folder of the prepared data.
-        hold_at: the process is stopped before the save of this step.
+        hold_at: the process is stopped before the save of this step, when the one before it is committed: else
+            the writer of one rank could be stopped with its part of that one still to write.
         release_at: it goes on before the save of this step; None: half a second later.
     """
     plan = Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
     context = _context(run_directory)
     heartbeat, enter = context.heartbeat, context.heartbeat.enter
+    checkpoints = RunDirectory.at(run_directory).checkpoints
 
     def send(number: int) -> None:
         for child in psutil.Process().children():
@@ -211,6 +214,8 @@ def run_with_held_writer(run_directory: str, data: str, hold_at: int, release_at
 
     def watching(phase: Any) -> None:
         if phase == Phase.SAVE and heartbeat.step == hold_at:
+            while not (checkpoints / folders.folder_name(hold_at - 1)).is_dir():
+                time.sleep(0.01)
             send(signal.SIGSTOP)
             if release_at is None:
                 threading.Timer(0.5, send, [signal.SIGCONT]).start()
