@@ -182,6 +182,8 @@ def activation_settings(
         attention=model.attn_implementation,
         packed=data.packing != "none" and not data.cross_document_attention,
         gradient_checkpointing=training.gradient_checkpointing,
+        mlp_tiles=training.mlp_tiles,
+        loss_tiles=training.loss_tiles,
         balances_experts=None if balance is None else balance > 0,
         tensor_parallel_size=layout.tensor_parallel_size,
         sequence_parallel_size=layout.sequence_parallel_size,

@@ -34,6 +34,7 @@ from launcher.planning.optimizers import optimizer_problems
 from launcher.planning.rank_memory import RankMemory
 from launcher.planning.search import SearchResult, nothing_fits, search
 from launcher.planning.stages import pipeline_stages
+from launcher.planning.tiling import tiling_problems
 from launcher.planning.uncounted import uncounted_task_reason
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tasks import TASKS
@@ -111,6 +112,7 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
     if config is not None:
         problems += model_problems(config, layout, recipe)
         problems += balance_problems(config, recipe)
+        problems += tiling_problems(config, layout, recipe)
     elif layout.pipeline_parallel_size > 1:
         message = "a model on the hub is not cut into stages; download it, and name its folder in model_name_or_path"
         problems.append(Problem(message, "parallel.pipeline_parallel_size"))

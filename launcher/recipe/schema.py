@@ -242,6 +242,11 @@ class TrainingSection(Section):
     """Number format of forward and backward; the optimizer's copy of the weights stays fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    mlp_tiles: int = Field(default=1, ge=1)
+    """Run each MLP over so many parts of the sequence, one after the other, and again in the backward pass (ALST, arXiv
+    2506.13996): less memory for long sequences."""
+    loss_tiles: int = Field(default=1, ge=1)
+    """The same for output head and loss: the logits of one part at a time."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     learning_rate: float = Field(default=3e-4, gt=0)
