@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
 
 from launcher.errors import ModelError
+from launcher.models.compiling import compile_layers
 from launcher.models.streaming import streamed_weights
 from launcher.models.tiling import tile_loss, tile_mlps
 from launcher.planning.plan import Plan
@@ -79,6 +80,8 @@ def build_model(plan: Plan, auto_class: Any, config: Any = None) -> PreTrainedMo
         tile_loss(model)
     if plan.recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if plan.recipe.training.torch_compile:
+        compile_layers(model)
     return model
 
 

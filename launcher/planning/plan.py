@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import PlanError, Problem
 from launcher.planning.combinations import balance_problems, combination_problems, model_problems
+from launcher.planning.compiling import compile_problems
 from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config, with_batch
 from launcher.planning.estimate import StepEstimate, estimate_ranks, estimate_step, machine_of, states_by_zero_stage
 from launcher.planning.fit import Candidate, fit_problems
@@ -36,6 +37,7 @@ from launcher.planning.search import SearchResult, nothing_fits, search
 from launcher.planning.stages import pipeline_stages
 from launcher.planning.tiling import tiling_problems
 from launcher.planning.uncounted import uncounted_task_reason
+from launcher.planning.zero_settings import zero_problems
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tasks import TASKS
 
@@ -113,6 +115,8 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
         problems += model_problems(config, layout, recipe)
         problems += balance_problems(config, recipe)
         problems += tiling_problems(config, layout, recipe)
+        if deepspeed is not None:
+            problems += compile_problems(config, layout, deepspeed.zero_stage, recipe)
     elif layout.pipeline_parallel_size > 1:
         message = "a model on the hub is not cut into stages; download it, and name its folder in model_name_or_path"
         problems.append(Problem(message, "parallel.pipeline_parallel_size"))
@@ -178,6 +182,8 @@ def replan(plan: Plan, world_size: int) -> Plan:
         raise PlanError(plan.recipe.name, [Problem(message, "training.global_batch_size")])
     layout = plan.layout.model_copy(update={"world_size": world_size, "data_parallel_size": replicas})
     zero = plan.deepspeed_config["zero_optimization"]
+    if problems := zero_problems(zero, layout):
+        raise PlanError(plan.recipe.name, problems)
     deepspeed = DeepSpeedPlan(
         config=with_batch(plan.deepspeed_config, batch),
         source="plan.json",
@@ -250,11 +256,6 @@ def _notes(
         notes.append(f"model.config: transformers knows no {', '.join(unread)} in this family, and ignores it")
     if reason := uncounted_reason(deepspeed.config):
         notes.append(f"memory is not counted: {reason}")
-    if deepspeed.zero_stage == 0 and recipe.training.precision != "fp32":
-        notes.append(
-            f"ZeRO stage 0 in {recipe.training.precision}: DeepSpeed makes one optimizer step with zero gradients at "
-            "the start, so losses differ a little from plain PyTorch's; stage 1 makes none"
-        )
     if resources.device == "cpu" and recipe.training.precision == "fp16":
         notes.append(
             "fp16 on CPU needs a processor that computes in it (AVX512-FP16 or AMX); DeepSpeed refuses the others"

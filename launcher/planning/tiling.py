@@ -25,7 +25,8 @@ def tiling_problems(config: Mapping[str, Any], layout: Layout, recipe: Recipe) -
             problems.append((name, message))
         if not kinds(layout) <= {"sequence"}:
             problems.append((name, "goes with data and sequence parallelism only; leave it out"))
-        if not reads_packed_text(recipe) or recipe.adapter is not None or recipe.distillation is not None:
+        extended = recipe.adapter is not None or recipe.distillation is not None
+        if not reads_packed_text(recipe) or extended or recipe.training.adversarial is not None:
             problems.append((name, "is for causal_lm from plain text, all of the model trained; leave it out"))
         if size > length:
             problems.append((name, f"is {size}, more than a rank's {length} positions; set it to at most {length}"))

@@ -6,7 +6,7 @@ The strings under the fields are their documentation: ``zerofleet schema`` print
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from launcher.recipe.section import Section
 from launcher.recipe.task_sections import (
@@ -33,6 +33,9 @@ class ModelSection(Section):
     `config.json`."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernel, as in transformers; `sdpa` means `eager` for a family that has no `sdpa`."""
+    kernels: Literal["torch", "auto"] = "torch"
+    """`auto`: Liger's fused norms, rotary embeddings and MLPs on a GPU where the package `liger-kernel` is installed,
+    and PyTorch's own elsewhere."""
     freeze: tuple[str, ...] = ()
     """Globs of parameters that are not trained, matched against their names (`*.embeddings.*`; `*`: all)."""
     unfreeze: tuple[str, ...] = ()
@@ -225,6 +228,15 @@ class AdversarialSection(Section):
     """Of `pgd`; each one as long as 1.5 epsilon / steps."""
 
 
+def _not_fp8(value: Any) -> Any:
+    if value == "fp8":
+        raise ValueError(
+            "fp8 is not trained by a test of ours: it needs a GPU of compute capability 8.9 (Ada, Hopper) or later, "
+            "and Transformer Engine or torchao; set it to bf16"
+        )
+    return value
+
+
 class TrainingSection(Section):
     """Batch sizes, length, schedule and precision."""
 
@@ -238,8 +250,10 @@ class TrainingSection(Section):
     """Micro batches per optimizer step."""
     global_batch_size: int | None = Field(default=None, ge=1)
     """Samples per optimizer step: micro_batch_size x gradient_accumulation_steps x data-parallel size."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(_not_fp8)] = "bf16"
     """Number format of forward and backward; the optimizer's copy of the weights stays fp32."""
+    torch_compile: bool = False
+    """Compile each layer with torch.compile when it first runs: faster steps, after a start of seconds to minutes."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     mlp_tiles: int = Field(default=1, ge=1)
@@ -279,10 +293,10 @@ class TrainingSection(Section):
 class OptimizerSection(Section):
     """The optimizer and its constants; the learning rate and its schedule stand under `training`."""
 
-    type: Literal["adamw", "sgd", "adafactor", "muon", "lion"] = "adamw"
+    type: Literal["adamw", "sgd", "adafactor", "muon", "lion", "adamw_8bit"] = "adamw"
     """`adamw`: Loshchilov and Hutter, arXiv 1711.05101; `sgd`: stochastic gradient descent with momentum; `adafactor`:
     Shazeer and Stern, arXiv 1804.04235, torch's; `muon`: Jordan et al. 2024, DeepSpeed's, for the matrices of the
-    layers, with AdamW for the rest; `lion` is known and refused."""
+    layers, with AdamW for the rest; `lion`: Chen et al., arXiv 2302.06675; `adamw_8bit` is known and refused."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, decoupled from the gradient but with `sgd`; biases and normalisation weights are not decayed."""
     momentum: float | None = Field(default=None, ge=0, lt=1)
@@ -293,9 +307,9 @@ class OptimizerSection(Section):
     """Each layer learns at this share of the rate of the layer above it (Howard and Ruder, arXiv 1801.06146); the head
     at training.learning_rate, the embeddings at the lowest rate."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    """Decay of the first moment; of `lion`, of the mixture whose sign is taken."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the second moment."""
+    """Decay of the second moment; of `lion`, of the momentum that is kept."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
     """Added to the denominator."""
 
@@ -354,6 +368,9 @@ class ZeroSection(Section):
     """Keep optimizer states in host memory."""
     offload_param: Literal["none", "cpu"] | None = None
     """Keep parameters in host memory (stage 3)."""
+    hpz_partition_size: int | None = Field(default=None, ge=2)
+    """Of stage 3: each so many workers (those of a node) keep a second copy of the weights among them, from which the
+    backward pass gathers them (ZeRO++, arXiv 2306.10209, section 3.2)."""
 
 
 class DeepSpeedSection(Section):
