@@ -114,12 +114,12 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
     if config is not None:
         problems += model_problems(config, layout, recipe)
         problems += balance_problems(config, recipe)
-        problems += tiling_problems(config, layout, recipe)
-        if deepspeed is not None:
-            problems += compile_problems(config, layout, deepspeed.zero_stage, recipe)
     elif layout.pipeline_parallel_size > 1:
         message = "a model on the hub is not cut into stages; download it, and name its folder in model_name_or_path"
         problems.append(Problem(message, "parallel.pipeline_parallel_size"))
+    problems += tiling_problems(config or {}, layout, recipe)
+    if deepspeed is not None:
+        problems += compile_problems(config or {}, layout, deepspeed.zero_stage, recipe)
     machine = _collect(problems, machine_of, resources, {})
     accelerator = None if machine is None else machine.accelerator
     if accelerator is not None and resources.device == "cuda" and recipe.training.precision not in accelerator.peak:

@@ -15,10 +15,12 @@ from tests.support.ranks import Ranks
 MakeRun = Callable[..., tuple[RunDirectory, Plan]]
 
 COMPILED = {
-    "zero 2": ("zero.stage=2",),
-    "zero 0": ("zero.stage=0",),
-    "zero 1 checkpointing": ("zero.stage=1", "gradient_checkpointing=true"),
-    "bf16": ("zero.stage=1", "precision=bf16"),
+    "zero 2": ("llama", ("zero.stage=2",)),
+    "zero 0": ("llama", ("zero.stage=0",)),
+    "zero 1 checkpointing": ("llama", ("zero.stage=1", "gradient_checkpointing=true")),
+    "bf16": ("llama", ("zero.stage=1", "precision=bf16")),
+    "qwen3": ("qwen3", ("zero.stage=2",)),
+    "mistral": ("mistral", ("zero.stage=2",)),
 }
 
 
@@ -31,20 +33,14 @@ def compiler(one_rank: Ranks) -> Iterator[None]:
 
 @pytest.mark.matrix
 @pytest.mark.distributed
-@pytest.mark.parametrize("settings", COMPILED)
-def test_compiled_layers(settings: str, ranks_of: RanksOf, equality: Equality, compiler: None) -> None:
-    rounding = {"loss": 2e-2, "norm": 5e-2} if settings == "bf16" else {}
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_layers(name: str, ranks_of: RanksOf, equality: Equality, compiler: None) -> None:
+    family, settings = COMPILED[name]
+    rounding = {"loss": 2e-2, "norm": 5e-2} if name == "bf16" else {}
+    model = equality.model(family, **({"head_dim": 8} if family == "qwen3" else {}))
     before = ranks_of(1).call("cases:compiled_graphs")[0]
-    equality.check(ranks_of(1), "torch_compile=true", *COMPILED[settings], **rounding)
+    equality.check(ranks_of(1), "torch_compile=true", *settings, model=model, **rounding)
     assert ranks_of(1).call("cases:compiled_graphs")[0] > before
-
-
-@pytest.mark.matrix
-@pytest.mark.distributed
-@pytest.mark.parametrize("model_type", ["qwen3", "mistral"])
-def test_compiled_families(model_type: str, ranks_of: RanksOf, equality: Equality, compiler: None) -> None:
-    changes = {"head_dim": 8, "tie_word_embeddings": False} if model_type == "qwen3" else {}
-    equality.check(ranks_of(1), "torch_compile=true", "zero.stage=2", model=equality.model(model_type, **changes))
 
 
 @pytest.mark.distributed
