@@ -20,10 +20,8 @@ def compile_problems(config: Mapping[str, Any], layout: Layout, zero_stage: int,
         return []
     problems = []
     if config.get("model_type") not in COMPILED_FAMILIES:
-        families = ", ".join(sorted(COMPILED_FAMILIES))
-        problems.append(
-            f"is not proved for {config.get('model_type', 'a model on the hub')}; leave it out, or train one of {families}"
-        )
+        family, families = config.get("model_type", "a model on the hub"), ", ".join(sorted(COMPILED_FAMILIES))
+        problems.append(f"is not proved for {family}; leave it out, or train one of {families}")
     if kinds(layout):
         problems.append("is proved for data parallelism alone; leave it out, or leave parallel out")
     if zero_stage not in _STAGES:

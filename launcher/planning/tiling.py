@@ -20,8 +20,8 @@ def tiling_problems(config: Mapping[str, Any], layout: Layout, recipe: Recipe) -
     for name in asked:
         size, length = getattr(training, name), recipe.data.sequence_length // layout.sequence_parallel_size
         if config.get("model_type") not in TILED_FAMILIES:
-            families = ", ".join(sorted(TILED_FAMILIES))
-            message = f"is not proved for {config.get('model_type', 'a model on the hub')}; leave it out, or train one of {families}"
+            family, families = config.get("model_type", "a model on the hub"), ", ".join(sorted(TILED_FAMILIES))
+            message = f"is not proved for {family}; leave it out, or train one of {families}"
             problems.append((name, message))
         if not kinds(layout) <= {"sequence"}:
             problems.append((name, "goes with data and sequence parallelism only; leave it out"))

@@ -84,8 +84,8 @@ def zero_keys(**keys: Any) -> dict[str, Any]:
         *(
             (
                 zero_keys(**{key: True}),
-                f"deepspeed: zero_optimization.{key} quantises on GPUs only (op_builder/quantizer.py), where no test of "
-                "ours has run it; remove it",
+                f"deepspeed: zero_optimization.{key} quantises on GPUs only (op_builder/quantizer.py), where no test "
+                "of ours has run it; remove it",
             )
             for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
         ),
