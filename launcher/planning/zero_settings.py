@@ -24,7 +24,10 @@ def _offload_problems(zero: Mapping[str, Any], stage: int) -> list[Problem]:
     for name, stages in OFFLOADS.items():
         device = (zero.get(name) or {}).get("device", "none")
         if device not in ("none", "cpu"):
-            message = f"is {device}, where no test of ours has offloaded anything; set it to cpu"
+            message = (
+                f"is {device}, from where no run of ours has gone on: DeepSpeed copies swap files beside a checkpoint, "
+                "and neither another layout nor export reads them (runtime/engine.py: save_checkpoint); set it to cpu"
+            )
             problems.append(Problem(message, f"zero.{name}"))
         if device != "none" and stage not in stages:
             wanted = "1, 2 or 3" if len(stages) > 1 else "3"
