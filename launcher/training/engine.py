@@ -159,5 +159,5 @@ def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
     if precision != "fp32" and plan.zero_stage == 0:
         upstream.forget_the_dummy_step(engine)
     if precision == "fp16":
-        upstream.grow_the_loss_scale_after_the_step(engine, plan.zero_stage)
+        upstream.mend_the_loss_scale(engine, plan.zero_stage)
     return engine

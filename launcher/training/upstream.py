@@ -100,16 +100,17 @@ def forget_the_dummy_step(engine: Any) -> None:
     engine.optimizer.optimizer.state.clear()
 
 
-def grow_the_loss_scale_after_the_step(engine: Any, zero_stage: int) -> None:
-    """Let fp16's dynamic loss scale grow when a step is over, not in the middle of it.
+def mend_the_loss_scale(engine: Any, zero_stage: int) -> None:
+    """Multiply fp16's losses by the scale that their gradients are divided by, and let it grow between two steps.
 
     `step` first doubles the scale (`_update_scale`) and then divides the gradients by it (`unscale_and_clip_grads`), so
     that gradients too small to be clipped were halved in that step, under every stage, and the norm that stage 3 tells
     (`runtime/zero/stage_1_and_2.py`, `runtime/zero/stage3.py`, `runtime/fp16/unfused_optimizer.py`; known from
-    https://github.com/deepspeedai/DeepSpeed/pull/8588). Stage 0 tells the norm of the scaled gradients at every step.
+    https://github.com/deepspeedai/DeepSpeed/pull/8588). Stage 0 never scales the loss (`runtime/engine.py: backward`
+    asks ZeRO's optimizers only) and divides all the same: by 65,536 at the start.
     """
     optimizer = engine.optimizer
-    step, update = optimizer.step, optimizer._update_scale
+    step, update, backward = optimizer.step, optimizer._update_scale, engine.backward
     held: list[bool] = []
 
     def hold(overflow: bool) -> None:
@@ -128,6 +129,8 @@ def grow_the_loss_scale_after_the_step(engine: Any, zero_stage: int) -> None:
 
     optimizer._update_scale = hold
     optimizer.step = step_then_grow
+    if zero_stage == 0:
+        engine.backward = lambda loss, **kwargs: backward(loss * optimizer.loss_scale, **kwargs)
 
 
 def step_and_norm(engine: Any, zero_stage: int, precision: str, optimizer: str) -> float | None:

@@ -16,6 +16,8 @@ def test_adafactor(ranks_of: RanksOf, equality: Equality) -> None:
 
 
 LION = ("optimizer.type=lion", "learning_rate=0.001", "adam_beta2=0.99")
+SIGNS = {"loss": 2e-5, "norm": 5e-5}
+"""Where a momentum is near zero, another order of a sum turns its sign, and with it a whole step of that weight."""
 LION_LAYOUTS = {
     "zero 2": (2, ("zero.stage=2",)),
     "zero 0": (2, ("zero.stage=0",)),
@@ -32,7 +34,7 @@ LION_LAYOUTS = {
 @pytest.mark.parametrize("layout", LION_LAYOUTS)
 def test_lion(layout: str, ranks_of: RanksOf, equality: Equality) -> None:
     data_parallel, settings = LION_LAYOUTS[layout]
-    equality.check(ranks_of(2), *LION, *settings, data_parallel=data_parallel)
+    equality.check(ranks_of(2), *LION, *settings, data_parallel=data_parallel, **SIGNS)
 
 
 @pytest.mark.distributed

@@ -44,7 +44,7 @@ def test_its_warm_up_begins_with_two_steps_of_no_learning_rate() -> None:
 
 
 def test_the_loss_scale_grows_before_gradients_are_divided_by_it() -> None:
-    """What `grow_the_loss_scale_after_the_step` is for (https://github.com/deepspeedai/DeepSpeed/pull/8588)."""
+    """What `mend_the_loss_scale` is for (https://github.com/deepspeedai/DeepSpeed/pull/8588)."""
     updates = {
         FP16_UnfusedOptimizer: "self._update_scale(",
         DeepSpeedZeroOptimizer: "self._update_scale(",
@@ -53,6 +53,14 @@ def test_the_loss_scale_grows_before_gradients_are_divided_by_it() -> None:
     for kind, update in updates.items():
         step = inspect.getsource(kind.step)
         assert step.index(update) < step.index("self.unscale_and_clip_grads("), kind
+
+
+def test_stage_0_does_not_scale_the_loss() -> None:
+    source = inspect.getsource(deepspeed.DeepSpeedEngine.backward)
+    assert (
+        "if isinstance(self.optimizer, ZeROOptimizer):\n                loss = self.optimizer.scale_if_loss" in source
+    )
+    assert not issubclass(FP16_UnfusedOptimizer, ZeROOptimizer)
 
 
 def test_stage_0_in_16_bit_steps_before_the_first_step() -> None:
