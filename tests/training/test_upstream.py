@@ -51,15 +51,14 @@ def test_the_loss_scale_grows_before_gradients_are_divided_by_it() -> None:
         DeepSpeedZeroOptimizer_Stage3: "self._loss_scale_update_and_overflow_cleanup()",
     }
     for kind, update in updates.items():
-        step = inspect.getsource(kind.step)
-        assert step.index(update) < step.index("self.unscale_and_clip_grads("), kind
+        step = inspect.getsource(kind).partition("    def step(self, closure=None)")[2]  # some are wrapped
+        assert 0 < step.index(update) < step.index("self.unscale_and_clip_grads("), kind
 
 
 def test_stage_0_does_not_scale_the_loss() -> None:
-    source = inspect.getsource(deepspeed.DeepSpeedEngine.backward)
-    assert (
-        "if isinstance(self.optimizer, ZeROOptimizer):\n                loss = self.optimizer.scale_if_loss" in source
-    )
+    source = inspect.getsource(deepspeed.DeepSpeedEngine).partition("    def backward(self, loss")[2]
+    asked = source.index("if isinstance(self.optimizer, ZeROOptimizer):")
+    assert asked < source.index("self.optimizer.scale_if_loss(loss)") < source.index("loss.backward(")
     assert not issubclass(FP16_UnfusedOptimizer, ZeROOptimizer)
 
 
