@@ -58,7 +58,7 @@ def test_the_loss_scale_grows_before_gradients_are_divided_by_it() -> None:
 def test_stage_0_does_not_scale_the_loss() -> None:
     source = inspect.getsource(deepspeed.DeepSpeedEngine).partition("    def backward(self, loss")[2]
     asked = source.index("if isinstance(self.optimizer, ZeROOptimizer):")
-    assert asked < source.index("self.optimizer.scale_if_loss(loss)") < source.index("loss.backward(")
+    assert asked < source.index("self.optimizer.scale_if_loss(loss)") < source.index("loss.backward(**")
     assert not issubclass(FP16_UnfusedOptimizer, ZeROOptimizer)
 
 
