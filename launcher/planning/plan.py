@@ -36,6 +36,7 @@ from launcher.planning.rank_memory import RankMemory
 from launcher.planning.search import SearchResult, nothing_fits, search
 from launcher.planning.stages import pipeline_stages
 from launcher.planning.tiling import tiling_problems
+from launcher.planning.trained import counts_too_much
 from launcher.planning.uncounted import uncounted_task_reason, unsearched_reason
 from launcher.planning.zero_settings import zero_problems
 from launcher.recipe.schema import Recipe
@@ -126,19 +127,17 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
         formats = " or ".join(name for name in accelerator.peak if name != "fp8")
         message = f"is {recipe.training.precision}, which {accelerator.name} does not compute in; set it to {formats}"
         problems.append(Problem(message, "training.precision"))
-    # What is trained in part has activations that are counted too high: nothing is refused for them.
-    reason = uncounted_task_reason(recipe, (config or {}).get("model_type")) or unsearched_reason(recipe)
-    if (
-        reason is None
-        and not problems
-        and deepspeed is not None
-        and config is not None
-        and model_shape(config) is not None
-    ):
+    if not problems and deepspeed is not None and config is not None and _is_counted(recipe, config):
         problems += fit_problems(Candidate(recipe, config, layout, batch, deepspeed, resources))
     if problems or deepspeed is None:
         raise PlanError(recipe.name, problems)
     return _assemble(recipe, resources, layout, batch, config, deepspeed)
+
+
+def _is_counted(recipe: Recipe, config: Mapping[str, Any]) -> bool:
+    """Whether all that a recipe's ranks hold is counted, and not too much of it."""
+    uncounted = uncounted_task_reason(recipe, config.get("model_type"))
+    return uncounted is None and model_shape(config) is not None and not counts_too_much(recipe, config)
 
 
 def _resolved(recipe: Recipe, resources: Resources) -> Recipe:
@@ -261,7 +260,7 @@ def _notes(
         notes.append(f"memory is not counted: {reason}")
     elif reason := unknown_reason(config):
         notes.append(f"parameters and memory are not counted: {reason}")
-    elif recipe.adapter is not None or recipe.model.freeze:
+    elif counts_too_much(recipe, config):
         notes.append("activations are counted as if all of the model were trained: they are less")
     if unread := unread_fields(recipe):
         notes.append(f"model.config: transformers knows no {', '.join(unread)} in this family, and ignores it")

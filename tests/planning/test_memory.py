@@ -232,7 +232,6 @@ def test_what_is_trained_in_part_or_beside_a_reference(
         assert bytes_planned == pytest.approx(found[kind], rel=0.02, abs=4 * 40), kind
     assert plan.ranks is not None
     (rank,) = plan.ranks
-    print(name, rank.activations / found["activations"] - 1)
     assert rank.activations >= 0.98 * found["activations"]
     if not name.startswith(("dora", "frozen")):
         assert rank.activations == pytest.approx(found["activations"], rel=0.02)
