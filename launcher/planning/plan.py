@@ -38,7 +38,7 @@ from launcher.planning.stages import pipeline_stages
 from launcher.planning.tiling import tiling_problems
 from launcher.planning.trained import counts_too_much
 from launcher.planning.uncounted import uncounted_task_reason, unsearched_reason
-from launcher.planning.zero_settings import zero_problems
+from launcher.planning.zero_settings import OFFLOADS, device_problems, zero_problems
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tasks import TASKS
 
@@ -162,6 +162,8 @@ def search_layouts(recipe: Recipe, resources: Resources) -> SearchResult:
         raise PlanError(recipe.name, [Problem(f"no layout can be chosen: memory is not counted: {reason}", "parallel")])
     if reason := unsearched_reason(recipe):
         raise PlanError(recipe.name, [Problem(f"no layout can be chosen: {reason}; leave parallel out", "parallel")])
+    if problems := device_problems({name: getattr(recipe.zero, name) for name in OFFLOADS}):
+        raise PlanError(recipe.name, problems)
     if config is None or shape is None:
         reason = "its config is on the hub and is not read here" if config is None else unknown_reason(config)
         message = f"no layout can be chosen without the model, but {reason}; name a folder that holds config.json"

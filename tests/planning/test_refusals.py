@@ -8,7 +8,7 @@ import pytest
 
 from launcher.errors import PlanError
 from launcher.planning.layout import Resources
-from launcher.planning.plan import make_plan, replan
+from launcher.planning.plan import make_plan, replan, search_layouts
 from launcher.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -103,6 +103,15 @@ def test_a_run_keeps_a_number_of_workers_that_its_second_copies_divide(make_reci
     assert replan(plan, 2).layout.world_size == 2
     with pytest.raises(PlanError, match="is 2, which does not divide 3 workers"):
         replan(plan, 3)
+
+
+def test_states_are_not_offloaded_to_nvme(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe({"zero": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme"}})
+    for plan in (make_plan, search_layouts):
+        with pytest.raises(PlanError) as caught:
+            plan(recipe, Resources(workers_per_node=4))
+        assert [problem.where for problem in caught.value.problems] == ["zero.offload_optimizer", "zero.offload_param"]
+        assert "is nvme, from where no run of ours has gone on" in str(caught.value)
 
 
 def test_fp8_is_refused_with_what_it_needs(make_recipe: MakeRecipe) -> None:
