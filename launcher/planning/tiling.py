@@ -33,9 +33,9 @@ def tiling_problems(config: Mapping[str, Any], layout: Layout, zero_stage: int, 
             problems.append((name, f"is {size}, more than a rank's {length} positions; set it to at most {length}"))
     if "loss_tiles" in asked and zero_stage > 1 and _is_tied(config):
         message = (
-            f"does not go with tied embeddings under ZeRO stage {zero_stage}, which reduces their gradient when only the "
-            "head's part of it is there (runtime/sequence_parallel/ulysses_sp.py: SequenceTiledCompute); set zero.stage "
-            "to 1, or leave it out"
+            f"does not go with tied embeddings under ZeRO stage {zero_stage}, which reduces their gradient twice: the "
+            "head's part of it and the embeddings' (runtime/sequence_parallel/ulysses_sp.py: SequenceTiledCompute); "
+            "set zero.stage to 1, or leave it out"
         )
         problems.append(("loss_tiles", message))
     return [Problem(message, f"training.{name}") for name, message in problems]
