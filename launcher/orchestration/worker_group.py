@@ -4,26 +4,21 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launcher.checkpoints import folders
-from launcher.errors import ResourceError
 from launcher.orchestration.detection import Hang
 from launcher.orchestration.elastic import Elastic
 from launcher.orchestration.failure import Failure, FailureKind
 from launcher.orchestration.node_tasks import answering, collect, end_silent
-from launcher.orchestration.supervisor import GroupStatus
+from launcher.orchestration.placing import GroupShape, fitting_nodes, reserve
+from launcher.orchestration.states import GroupStatus
 from launcher.orchestration.warm_pool import WarmPool
 from launcher.orchestration.worker import Placement, Worker
 from launcher.run_directory import RunDirectory
@@ -37,41 +32,8 @@ ANSWER_TIMEOUT_S = 0.2
 JOIN_TIMEOUT_S = 120.0
 LEAVING_INTERVAL_S = 5.0
 """Between two questions which nodes are being drained."""
-PLACEMENT_TIMEOUT_S = 30.0
-"""How long to wait for resources that the cluster has but that others hold at the moment."""
 GRACE_S = 5.0
 """How long workers that have ended their training may take to end their process."""
-
-
-@dataclass(frozen=True)
-class GroupShape:
-    """What a worker group asks of Ray.
-
-    Attributes:
-        nodes: nodes to spread over.
-        workers_per_node: ranks on each.
-        cpus_per_worker: CPUs of each rank.
-        device: `cuda` asks one GPU a rank.
-        environment: set in every worker.
-        warm: keep spare workers.
-        warm_after_seconds: of training, before they are started.
-    """
-
-    nodes: int
-    workers_per_node: int
-    cpus_per_worker: float
-    device: str
-    environment: dict[str, str]
-    warm: bool = False
-    warm_after_seconds: float = 0.0
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """Resources of one node's ranks together."""
-        bundle = {"CPU": self.cpus_per_worker * self.workers_per_node}
-        if self.device == "cuda":
-            bundle["GPU"] = float(self.workers_per_node)
-        return bundle
 
 
 class WorkerGroup:
@@ -146,8 +108,7 @@ class WorkerGroup:
             ResourceError: the cluster does not have what the profile asks for.
         """
         self._beats, self._failures, self._results, self.placements = {}, [], {}, []
-        check_cluster(self.shape)
-        self._group = self._reserve(avoid)
+        self._group = reserve(self.shape, avoid, self._doubtful)
         self._actors = self._hire(self._group)
         try:
             self.placements = ray.get(
@@ -215,30 +176,6 @@ class WorkerGroup:
         written = collect(self.placements, [*suspects[:MAX_STACKS], *others[:1]], folder)
         end_silent(self.placements, [suspect.rank for suspect in hang.suspects if suspect.silent])
         return f"stacks: {', '.join(str(path) for path in written)}"
-
-    def _reserve(self, avoid: Sequence[str]) -> PlacementGroup:
-        fitting = fitting_nodes(self.shape)
-        good = [
-            node
-            for node in fitting
-            if node["NodeManagerHostname"] not in avoid and node["NodeID"] not in self._doubtful
-        ]
-        selector = None
-        if self.shape.nodes <= len(good) < len(fitting):
-            selector = [{"ray.io/node-id": f"in({','.join(node['NodeID'] for node in good)})"}] * self.shape.nodes
-        group = placement_group(
-            [self.shape.bundle] * self.shape.nodes,
-            strategy="STRICT_SPREAD" if self.shape.nodes > 1 else "STRICT_PACK",
-            bundle_label_selector=selector,
-        )
-        if not group.wait(PLACEMENT_TIMEOUT_S):
-            remove_placement_group(group)
-            raise ResourceError(
-                f"the cluster has the resources for {self.shape.nodes} x {self.shape.bundle}, "
-                "but other work holds them: free now "
-                f"are {_readable(ray.available_resources())}; waited {PLACEMENT_TIMEOUT_S:.0f} s"
-            )
-        return group
 
     def _place(self) -> list[Placement]:
         """Ranks node by node, with the master on rank 0's node."""
@@ -361,39 +298,6 @@ class WorkerGroup:
         self.stop()
         if self._pool is not None:
             self._pool.close()
-
-
-def fitting_nodes(shape: GroupShape) -> list[dict[str, Any]]:
-    """The living nodes of the cluster that can hold their share of the group when nothing else runs on them."""
-    return [
-        node
-        for node in ray.nodes()
-        if node["Alive"] and all(node["Resources"].get(key, 0) >= need for key, need in shape.bundle.items())
-    ]
-
-
-def check_cluster(shape: GroupShape) -> None:
-    """Refuse at once what the cluster can never give.
-
-    Raises:
-        ResourceError: says what the cluster has, node by node, and what is asked.
-    """
-    fitting, bundle = fitting_nodes(shape), shape.bundle
-    if len(fitting) >= shape.nodes:
-        return
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    has = "; ".join(f"{node['NodeManagerHostname']} has {_readable(node['Resources'])}" for node in nodes) or "no node"
-    raise ResourceError(
-        f"the profile asks for {shape.nodes} node(s) with {_readable(bundle)} each "
-        f"({shape.workers_per_node} workers of "
-        f"{shape.cpus_per_worker:g} CPU), but the cluster has {len(fitting)} such node(s): {has}. "
-        "Set nodes, workers_per_node or cpus_per_worker in the profile to what there is."
-    )
-
-
-def _readable(resources: dict[str, float]) -> str:
-    shown = {key: value for key, value in resources.items() if key in ("CPU", "GPU")}
-    return ", ".join(f"{value:g} {key}" for key, value in sorted(shown.items())) or "nothing"
 
 
 def _why_dead(error: RayError) -> str:
