@@ -32,6 +32,8 @@ ANSWER_TIMEOUT_S = 0.2
 JOIN_TIMEOUT_S = 120.0
 LEAVING_INTERVAL_S = 5.0
 """Between two questions which nodes are being drained."""
+NODE_LIVES = "Worker exit type"
+"""What Ray says of a worker whose node lived to report its end."""
 GRACE_S = 5.0
 """How long workers that have ended their training may take to end their process."""
 
@@ -88,13 +90,11 @@ class WorkerGroup:
         self.shape = replace(self.shape, nodes=nodes)
 
     def _present(self) -> list[dict[str, Any]]:
-        """The nodes that can hold their share. One on which a worker died is asked first whether it is still there.
+        """The nodes that can hold their share. One that may have gone with a worker is asked first whether it is there.
 
         Ray takes seconds to declare a node dead, and an attempt that counts on it would wait for it in vain.
         """
         nodes = fitting_nodes(self.shape)
-        if self.elastic is None:
-            return nodes
         known = {node["NodeID"] for node in nodes}
         self._doubtful &= known
         answered = answering(sorted(self._doubtful)) if self._doubtful else set()
@@ -109,13 +109,10 @@ class WorkerGroup:
         """
         self._beats, self._failures, self._results, self.placements = {}, [], {}, []
         self._group = reserve(self.shape, avoid, self._doubtful)
-        self._actors = self._hire(self._group)
-        try:
-            self.placements = ray.get(
-                [actor.join.remote(rank) for rank, actor in enumerate(self._actors)], timeout=JOIN_TIMEOUT_S
-            )
-        except (RayActorError, GetTimeoutError) as error:
-            self._failures = [self._died(0, f"a worker did not start: {error}")]
+        nodes = placement_group_table(self._group)["bundles_to_node_id"]
+        where = [nodes[rank // self.shape.workers_per_node] for rank in range(self.world_size)]
+        self._actors = self._hire(self._group, where)
+        if not self._join(where):
             return
         starts = [
             actor.start.remote(placement, self.shape.device, self.shape.environment)
@@ -124,17 +121,35 @@ class WorkerGroup:
         self._waits = {actor.wait.remote(): rank for rank, actor in enumerate(self._actors)}
         del starts  # a failing start ends the actor or leaves its thread unstarted; wait() and poll() show it
 
-    def _hire(self, group: PlacementGroup) -> list[Any]:
+    def _join(self, where: Sequence[str]) -> bool:
+        """Let every actor become a rank; returns whether all did, and keeps the failures of those that did not.
+
+        Args:
+            where: Ray's id of each rank's node.
+        """
+        joins = [actor.join.remote(rank) for rank, actor in enumerate(self._actors)]
+        deadline = time.monotonic() + JOIN_TIMEOUT_S
+        for rank, reference in enumerate(joins):
+            try:
+                self.placements.append(ray.get(reference, timeout=max(0.0, deadline - time.monotonic())))
+            except (RayActorError, GetTimeoutError) as error:
+                self._doubtful.add(where[rank])
+                names = {node["NodeID"]: str(node["NodeManagerHostname"]) for node in ray.nodes()}
+                why = str(error) or f"no answer within {JOIN_TIMEOUT_S:.0f} s"
+                self._failures = [self._died(rank, f"it did not start: {why}", names.get(where[rank], ""))]
+                return False
+        return True
+
+    def _hire(self, group: PlacementGroup, where: Sequence[str]) -> list[Any]:
         """An actor for each rank: a spare of its node where one waits, a new one elsewhere."""
-        per_node, hired = self.shape.workers_per_node, []
-        nodes = placement_group_table(group)["bundles_to_node_id"]
+        hired = []
         actor_class = ray.remote(Worker)
         for rank in range(self.world_size):
-            bundle = rank // per_node
-            spares = self._pool.take(nodes[bundle], 1) if self._pool is not None else []
+            spares = self._pool.take(where[rank], 1) if self._pool is not None else []
             if spares:
                 hired.append(spares[0])
                 continue
+            bundle = rank // self.shape.workers_per_node
             strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
             options: dict[str, Any] = {"num_cpus": self.shape.cpus_per_worker, "scheduling_strategy": strategy}
             if self.shape.device == "cuda":
@@ -224,7 +239,10 @@ class WorkerGroup:
         try:
             outcome = ray.get(reference)
         except RayError as error:
-            self._failures.append(self._died(rank, _why_dead(error), preempted=getattr(error, "preempted", False)))
+            if NODE_LIVES not in str(error):
+                self._doubtful.add(self.placements[rank]["node_id"])
+            preempted, node = getattr(error, "preempted", False), str(self.placements[rank]["hostname"])
+            self._failures.append(self._died(rank, _why_dead(error), node, preempted=preempted))
             return
         self._beats[rank] = outcome["beat"]
         if "result" in outcome:
@@ -254,10 +272,8 @@ class WorkerGroup:
             if rank not in self._results:
                 self._beats[rank] = beat
 
-    def _died(self, rank: int, why: str, *, preempted: bool = False) -> Failure:
+    def _died(self, rank: int, why: str, node: str, *, preempted: bool = False) -> Failure:
         beat = self._beats.get(rank)
-        if self.elastic is not None and rank < len(self.placements):
-            self._doubtful.add(self.placements[rank]["node_id"])
         return Failure(
             rank=rank,
             kind=FailureKind.PREEMPTED if preempted else FailureKind.DIED,
@@ -266,7 +282,7 @@ class WorkerGroup:
             step=beat.step if beat else 0,
             phase=beat.phase.value if beat else "starting",
             time=time.time(),
-            node=self.placements[rank]["hostname"] if rank < len(self.placements) else "",
+            node=node,
         )
 
     def request_stop(self) -> None:
@@ -280,9 +296,8 @@ class WorkerGroup:
         Where all have ended their training they may leave as processes do, so that what libraries registered for their
         exit is run. Else they are killed: they may hang in a collective.
         """
-        if self.elastic is not None:  # who has not said how it ended may be on a node that is gone
-            silent = [rank for rank in self._waits.values() if rank < len(self.placements)]
-            self._doubtful |= {self.placements[rank]["node_id"] for rank in silent}
+        for rank in self._questions.values():  # who leaves a question open may be on a node that is gone
+            self._doubtful.add(self.placements[rank]["node_id"])
         if self._actors and not self._waits:
             leaving = [actor.__ray_terminate__.remote() for actor in self._actors]
             ray.wait(leaving, num_returns=len(leaving), timeout=GRACE_S)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import read_manifest
 from launcher.orchestration.journal import read_account
 from launcher.run_directory import RunDirectory, read_json_lines
-from tests.orchestration.conftest import Zerofleet, records, wait_for, wait_for_step, worker_pids
+from tests.orchestration.conftest import Zerofleet, records, small_disk, wait_for, wait_for_step, worker_pids
 
 pytestmark = [pytest.mark.ray, pytest.mark.distributed]
 
@@ -170,23 +171,16 @@ def test_an_unwritable_run_directory(zerofleet: Zerofleet, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    """A real file system that is soon full."""
-    import subprocess
-
-    if os.geteuid() != 0:
-        pytest.skip("hardware: mounting a tmpfs needs root")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """What is soon full."""
+    with small_disk(tmp_path / "small", "2500k") as folder:
+        yield folder
 
 
-def test_a_full_disk_while_saving(zerofleet: Zerofleet, small_disk: Path, uninterrupted: RunDirectory) -> None:
-    directory = RunDirectory.at(small_disk / "run")
+def test_a_full_disk_while_saving(zerofleet: Zerofleet, disk: Path, uninterrupted: RunDirectory) -> None:
+    directory = RunDirectory.at(disk / "run")
     directory.create()
-    ballast = small_disk / "ballast"
+    ballast = disk / "ballast"
     ballast.write_bytes(b"x" * 2_150_000)
     code, _, err = zerofleet.run("run", str(zerofleet.recipe), "--run-dir", str(directory.path))
     assert code == 2, err
