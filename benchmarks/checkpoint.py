@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=600, help="size of the state, about")
     parser.add_argument("--rounds", type=int, default=5, help="how often every arm saves, after one save that warms up")
     parser.add_argument("--folder", type=Path, help="a folder on the disk to measure; default: the temporary folder")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="what saves; ratios are to dcp")
     parser.add_argument("--json", action="store_true", help="print everything measured")
     arguments = parser.parse_args()
     facts = machine()
@@ -35,7 +36,8 @@ def main() -> None:
         folder = Path(temporary)
         (folder / "recipe.yaml").write_text(recipe_of(arguments.megabytes))
         environment = arm_environment(folder)
-        saves = ranks("save", WORKERS, folder, environment, rounds=arguments.rounds)
+        arms = [arm for arm in ARMS if arm in {"ours_asynchronous", "dcp", *arguments.arms}]  # what the rest needs
+        saves = ranks("save", WORKERS, folder, environment, arguments.rounds, *arms)
         loads = {
             "same_size": ranks("load", WORKERS, folder, environment),
             "resized": ranks("load", 1, folder, environment),
@@ -56,10 +58,12 @@ def recipe_of(megabytes: int) -> str:
     return setting.recipe
 
 
-def ranks(role: str, size: int, folder: Path, environment: dict[str, str], rounds: int = 1) -> dict[str, Any]:
+def ranks(
+    role: str, size: int, folder: Path, environment: dict[str, str], rounds: int = 1, *arms: str
+) -> dict[str, Any]:
     """Start a group of ranks that play a role; returns what rank 0 measured."""
     port = free_port()
-    commands = [sys.executable, str(Path(__file__).resolve()), "--rank-of", role, str(folder), str(rounds)]
+    commands = [sys.executable, str(Path(__file__).resolve()), "--rank-of", role, str(folder), str(rounds), *arms]
     processes = [
         subprocess.Popen(
             commands,
@@ -140,7 +144,7 @@ class Engine:
         return state
 
 
-def save_role(folder: Path, rounds: int) -> None:
+def save_role(folder: Path, rounds: int, names: Sequence[str]) -> None:
     """Let every arm save in turn; record how long training waited, and its steps meanwhile."""
     import torch.distributed as dist
 
@@ -150,7 +154,7 @@ def save_role(folder: Path, rounds: int) -> None:
     arms = _arms(me)
     measured: list[dict[str, Any]] = []
     for turn in range(rounds + 1):
-        for arm in rotated(ARMS, turn):
+        for arm in rotated(names, turn):
             idle = [me.step() for _ in range(IDLE_STEPS)]
             dist.barrier()
             began = time.perf_counter()
@@ -235,7 +239,7 @@ def sync_files(folder: Path, rank: int) -> None:
             os.close(descriptor)
 
 
-def load_role(folder: Path, rounds: int) -> None:
+def load_role(folder: Path) -> None:
     """Load our newest checkpoint into a fresh engine, converting it first if need be."""
     me = Engine(folder)
     told: list[str] = []
@@ -249,23 +253,36 @@ def load_role(folder: Path, rounds: int) -> None:
 
 
 def verification(folder: Path, rounds: int) -> dict[str, float]:
-    """Bytes a second of verifying a checkpoint, and of only reading its files, both from the page cache."""
+    """Seconds of verifying a checkpoint and of only reading its files, from the page cache and from the disk."""
     from launcher.checkpoints import folders
     from launcher.checkpoints.manifest import faults_of, read_manifest
 
     newest = folders.complete(folder / "ours")[-1]
-    size = read_manifest(newest).size
-    seconds: dict[str, list[float]] = {"verify": [], "read": []}
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        _read(newest)
-        seconds["read"].append(time.perf_counter() - began)
-        began = time.perf_counter()
-        wrong = faults_of(newest, contents=True)
-        seconds["verify"].append(time.perf_counter() - began)
-        if wrong:
-            raise RuntimeError(f"the checkpoint is damaged: {wrong}")
-    return {"bytes": size, **{name: Spread.of(values[1:]).median for name, values in seconds.items()}}
+    ways: dict[str, Callable[[], Any]] = {
+        "read": lambda: _read(newest),
+        "verify": lambda: faults_of(newest, contents=True),
+    }
+    seconds: dict[str, list[float]] = {}
+    for turn in range(rounds + 1):
+        for source in ("", "_from_disk"):
+            for name in rotated(list(ways), turn):
+                if source:
+                    forget(newest)
+                began = time.perf_counter()
+                wrong = ways[name]()
+                seconds.setdefault(name + source, []).append(time.perf_counter() - began)
+                if wrong:
+                    raise RuntimeError(f"the checkpoint is damaged: {wrong}")
+    medians = {name: Spread.of(values[1:]).median for name, values in seconds.items()}
+    return {"bytes": read_manifest(newest).size, **medians}
+
+
+def forget(folder: Path) -> None:
+    """Take a folder's files out of the page cache; they are on the disk already."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def _read(folder: Path) -> None:
@@ -289,7 +306,8 @@ def summary(saves: dict[str, Any], loads: dict[str, Any], verified: dict[str, fl
     """Medians, and the ratios that the issue of this benchmark is about, each within one round."""
     later = [save for save in saves["saves"] if save["round"] > 0]
     arms: dict[str, Any] = {}
-    for arm in ARMS:
+    present = {save["arm"] for save in later}
+    for arm in [arm for arm in ARMS if arm in present]:
         own = [save for save in later if save["arm"] == arm]
         slower = [
             Spread.of(save["meanwhile"]).median / Spread.of(save["idle"]).median for save in own if save["meanwhile"]
@@ -304,10 +322,11 @@ def summary(saves: dict[str, Any], loads: dict[str, Any], verified: dict[str, fl
     rounds = sorted({save["round"] for save in later})
     ratios: dict[str, Any] = {
         f"{arm} / dcp": vars(Spread.of([by_round[r, arm] / by_round[r, "dcp"] for r in rounds]))
-        for arm in ARMS
+        for arm in arms
         if arm != "dcp"
     }
-    ratios["verify / read"] = verified["verify"] / verified["read"]
+    ratios["verify / read, in memory"] = verified["verify"] / verified["read"]
+    ratios["verify / read, from disk"] = verified["verify_from_disk"] / verified["read_from_disk"]
     ratios["resized again / same size"] = loads["resized_again"]["seconds"] / loads["same_size"]["seconds"]
     return {"arms": arms, "blocked_ratios": ratios, "loads": loads, "verification": verified, "saves": saves["saves"]}
 
@@ -326,12 +345,16 @@ def text_of(result: dict[str, Any]) -> str:
     for name, load in result["loads"].items():
         lines.append(f"load, {name:26}{load['seconds']:.2f} s  {'; '.join(load['told'])}")
     verified = result["verification"]
-    lines.append(f"verification: {verified['bytes'] / verified['verify'] / 1e9:.2f} GB/s")
+    for source, name in (("memory", "verify"), ("disk", "verify_from_disk")):
+        lines.append(f"verification from {source}: {verified['bytes'] / verified[name] / 1e9:.2f} GB/s")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank-of"]:
-        {"save": save_role, "load": load_role}[sys.argv[2]](Path(sys.argv[3]), int(sys.argv[4]))
+        if sys.argv[2] == "save":
+            save_role(Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
+        else:
+            load_role(Path(sys.argv[3]))
         os._exit(0)
     main()

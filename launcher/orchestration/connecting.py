@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 from launcher.errors import ResourceError
 
@@ -27,7 +28,11 @@ def connect(check_alive: Callable[[], None]) -> None:
     while not _answers(host, port, address):
         _pause_before(deadline, check_alive, f"no Ray cluster answers at RAY_ADDRESS={address}")
     import ray
+    import ray._private.worker
 
+    # Ray prints to stdout what it thinks of workers and nodes that died, among it whole logs of a raylet; no option
+    # turns that off (`listen_error_messages` in its worker.py), and stdout may be for a program that reads JSON.
+    ray._private.worker.print_to_stdstream = _say_nothing
     while True:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
@@ -39,6 +44,10 @@ def connect(check_alive: Callable[[], None]) -> None:
             )
         except (RuntimeError, ValueError) as error:
             raise ResourceError(f"the Ray cluster at RAY_ADDRESS={address} refuses the driver: {error}") from error
+
+
+def _say_nothing(data: Any, ignore_prefix: bool) -> None:
+    """The supervisor says what happened to workers and nodes."""
 
 
 def _pause_before(deadline: float, check_alive: Callable[[], None], problem: str) -> None:

@@ -170,7 +170,8 @@ def test_a_run_outlives_its_nodes(chain: list[Cell], lab: Lab, uninterrupted: Ru
     finally:
         process.kill()
     assert process.returncode == 0, err
-    assert json.loads(out)["step"] == LENGTH
+    assert json.loads(out)["step"] == LENGTH, "and nothing but JSON, whatever Ray has to say"
+    assert "(raylet)" not in err
     assert records(directory) == records(uninterrupted), "no sample lost or repeated, every loss the same"
     found = incidents(directory)
     assert [event["category"] for event in found] == ["infrastructure"] * len(lost)
