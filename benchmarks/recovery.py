@@ -32,6 +32,8 @@ ARMS = ("zerofleet warm", "zerofleet cold", "torchrun", "ray train")
 SAVE_STEPS = 50
 RECOVERY_TIMEOUT_S = 120.0
 POLL_S = 0.01
+LEDGER_S = 6.0
+"""After which our driver has written what the last recovery was spent on."""
 SETTLE_S = (4.0, 8.0)
 """How long an arm trains at least before each kill: drawn from between these."""
 
@@ -174,13 +176,15 @@ def kill_again_and_again(bench: Bench, name: str, kills: int, seed: int) -> dict
             arm.wait(arm.is_ready, "spares")
             figures.append(arm.kill(victim))
             print(f"{name} {number + 1}/{kills}: {figures[-1]}", file=sys.stderr)
-            parts = arm.parts() if arm.ours else {}
         except RuntimeError as error:
             print(f"{name} {number + 1}/{kills}: {error}", file=sys.stderr)
             if arm is not None:
                 arm.end()
             arm = None
     if arm is not None:
+        if arm.ours:
+            time.sleep(LEDGER_S)
+            parts = arm.parts()
         arm.end()
     found: dict[str, Any] = {"recovered": len(figures), "figures": figures, "parts": parts}
     if figures:
