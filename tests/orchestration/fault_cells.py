@@ -83,8 +83,8 @@ def incidents(directory: RunDirectory) -> list[dict[str, Any]]:
 
 
 def steps_made_again(directory: RunDirectory) -> list[int]:
-    """After each fault: how many steps were made a second time."""
-    steps = [record["step"] for record in read_json_lines(directory.metrics) if "loss" in record]
+    """How many steps were made a second time, fault by fault; none for one that came right after a save."""
+    steps = [record["step"] for record in read_json_lines(directory.logs / "samples_00000.jsonl")]
     return [before - after + 1 for before, after in itertools.pairwise(steps) if after <= before]
 
 
