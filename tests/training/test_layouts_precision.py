@@ -10,6 +10,7 @@ import pytest
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from launcher.checkpoints import folders
+from launcher.run_directory import read_json_lines
 from launcher.training.checkpoint_files import read_state
 from tests.support.equality import MIXTURES, STEPS, Equality, RanksOf
 from tests.support.ranks import Ranks
@@ -79,6 +80,22 @@ def test_fp16_halves_a_loss_scale_that_is_too_large_and_leaves_the_step_out(
     # The weights were still the first ones when the first step that counts was made.
     assert records[0]["loss"] == pytest.approx(plain.losses[0], abs=FP16["loss"])
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 3, 1, 2])
+def test_fp16_goes_on_with_the_loss_scale_that_it_saved(
+    stage: int, ranks_of: RanksOf, equality: Equality, fp16_on_any_cpu: None
+) -> None:
+    ranks, model = ranks_of(2), equality.model()
+    settings = ("precision=fp16", f"zero.stage={stage}", GROWING, "save_steps=10")
+    directory, plan, _ = equality.run(ranks, model, *settings, stop_after=9)
+    data, plain = equality.reference(model, plan)
+    ranks.call("cases:run", run_directory=str(directory.path), data=str(data.directory))
+    records = [record for record in read_json_lines(directory.metrics) if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert [record["loss"] for record in records] == pytest.approx(plain.losses, abs=FP16["loss"], rel=0)
+    assert _loss_scale(folders.complete(directory.checkpoints)[-1], stage) == 2.0**11
 
 
 @pytest.mark.distributed

@@ -38,6 +38,18 @@ def test_lion(layout: str, ranks_of: RanksOf, equality: Equality) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("stage", [3, 0, 1, 2])
+def test_lion_goes_on_with_the_momentum_that_it_saved(stage: int, ranks_of: RanksOf, equality: Equality) -> None:
+    ranks, model = ranks_of(2), equality.model()
+    directory, plan, _ = equality.run(ranks, model, *LION, f"zero.stage={stage}", "save_steps=10", stop_after=9)
+    data, plain = equality.reference(model, plan)
+    ranks.call("cases:run", run_directory=str(directory.path), data=str(data.directory))
+    records = [record for record in read_json_lines(directory.metrics) if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert [record["loss"] for record in records] == pytest.approx(plain.losses, abs=SIGNS["loss"], rel=0)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("stage", [2, 0, 1, 3])
 def test_lion_in_bf16(stage: int, ranks_of: RanksOf, equality: Equality) -> None:
     """Its direction is a sign, which a rounding turns where a gradient is near zero."""
