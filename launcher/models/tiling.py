@@ -48,12 +48,18 @@ def tiled_loss_sum(model: Any, inputs: dict[str, Any], labels: Tensor, tiles: in
     """
     from deepspeed.runtime.sequence_parallel.ulysses_sp import sequence_tiled_compute
 
-    head = getattr(model, "module", model).get_output_embeddings()
+    module = getattr(model, "module", model)
+    head = module.get_output_embeddings()
     head.hands_on = True
     try:
         hidden = model(**inputs).logits
     finally:
         head.hands_on = False
+
+    # A tied matrix gets the rest of its gradient from the embeddings, later: until then ZeRO must not reduce it.
+    tied = [weight for weight in head.parameters() if weight is module.get_input_embeddings().weight]
+    if tied and hidden.requires_grad:
+        hidden.register_hook(lambda _: _call_ready(tied))
 
     def of_part(hidden: Tensor, labels: Tensor) -> Tensor:
         logits = head(hidden).float()
@@ -66,11 +72,29 @@ def tiled_loss_sum(model: Any, inputs: dict[str, Any], labels: Tensor, tiles: in
         kwargs_to_shard={"hidden": hidden, "labels": labels},
         kwargs_to_pass={},
         grad_requiring_tensor_key="hidden",
-        compute_params=[*head.parameters()],
+        compute_params=[_Unfinished(weight) if tied else weight for weight in head.parameters()],
         output_unshard_dimension=0,
         output_reduction="sum",
     )
     return loss_sum
+
+
+def _call_ready(weights: list[nn.Parameter]) -> None:
+    for weight in weights:
+        weight.ds_grad_is_ready = True  # type: ignore[attr-defined]  # DeepSpeed's mark
+
+
+class _Unfinished:
+    """Stands for a tied matrix towards DeepSpeed, which calls its gradient ready after the last part."""
+
+    requires_grad = True
+    weight: nn.Parameter
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.__dict__["weight"] = weight
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.weight, name, False)
 
 
 def _layers(model: Any) -> Any:

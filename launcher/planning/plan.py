@@ -118,8 +118,8 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
     elif layout.pipeline_parallel_size > 1:
         message = "a model on the hub is not cut into stages; download it, and name its folder in model_name_or_path"
         problems.append(Problem(message, "parallel.pipeline_parallel_size"))
+    problems += tiling_problems(config or {}, layout, recipe)
     if deepspeed is not None:
-        problems += tiling_problems(config or {}, layout, deepspeed.zero_stage, recipe)
         problems += compile_problems(config or {}, layout, deepspeed.zero_stage, recipe)
     machine = _collect(problems, machine_of, resources, {})
     accelerator = None if machine is None else machine.accelerator

@@ -233,7 +233,7 @@ def _trains_under(
 ) -> bool:
     """Whether the recipe's optimizer, its compiler and its parts of the sequence go with a stage and its offload."""
     offloads = (optimizer, param) != ("none", "none")
-    problems = [*compile_problems(config, layout, stage, recipe), *tiling_problems(config, layout, stage, recipe)]
+    problems = [*compile_problems(config, layout, stage, recipe), *tiling_problems(config, layout, recipe)]
     return not problems and not optimizer_problems(recipe, layout, stage, offloads)
 
 

@@ -54,10 +54,6 @@ def zero_keys(**keys: Any) -> dict[str, Any]:
             "qwen2, qwen3",
         ),
         (
-            {"training.loss_tiles": 2, "model.config.tie_word_embeddings": True, "zero.stage": 2},
-            "training.loss_tiles: does not go with tied embeddings under ZeRO stage 2, which reduces their ",
-        ),
-        (
             {"training.loss_tiles": 2, "parallel.tensor_parallel_size": 2},
             "training.loss_tiles: goes with data and sequence parallelism only; leave it out",
         ),
