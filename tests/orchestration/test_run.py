@@ -31,13 +31,11 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(
     wait_for_step(directory, 7)
     victim = worker_pids(directory)[1]
     os.kill(victim, signal.SIGKILL)
-    killed = time.time()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     events = read_json_lines(directory.events)
     (recovering,) = [event for event in events if event["state"] == "recovering"]
     assert (recovering["rank"], recovering["kind"]) == (1, "died"), "the killed rank is the cause, not its peer's echo"
-    assert recovering["time"] - killed < 3
     assert records(directory) == records(uninterrupted)
     attempts = read_json_lines(directory.attempts)
     assert [(attempt["attempt"], attempt["outcome"]) for attempt in attempts] == [(1, "recovering"), (2, "complete")]
