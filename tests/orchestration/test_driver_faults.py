@@ -34,7 +34,7 @@ PLACES = (
     ("phase.evaluate", 1, 100),
 )
 CHAINS = [
-    [Cell("sigterm", "phase.backward", 0, 31), Cell("sigkill", "commit.renamed", 0)],
+    [Cell("sigkill", "commit.renamed", 0)],
     *([Cell(fault, *place) for place in PLACES] for fault in ("sigkill", "sigterm")),
 ]
 

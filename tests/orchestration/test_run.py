@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import read_manifest
 from launcher.orchestration.journal import read_account
 from launcher.run_directory import RunDirectory, read_json_lines
-from tests.orchestration.conftest import Zerofleet, records, small_disk, wait_for, wait_for_step, worker_pids
+from tests.orchestration.conftest import Zerofleet, records, wait_for, wait_for_step, worker_pids
 from tests.support.s3 import BUCKET, s3_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.distributed]
@@ -193,30 +192,6 @@ def test_an_unwritable_run_directory(zerofleet: Zerofleet, tmp_path: Path) -> No
     assert code == 2
     assert "cannot be written" in err
     assert "--run-dir" in err
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """What is soon full."""
-    with small_disk(tmp_path / "small", "2500k") as folder:
-        yield folder
-
-
-def test_a_full_disk_while_saving(zerofleet: Zerofleet, disk: Path, uninterrupted: RunDirectory) -> None:
-    directory = RunDirectory.at(disk / "run")
-    directory.create()
-    ballast = disk / "ballast"
-    ballast.write_bytes(b"x" * 2_150_000)
-    code, _, err = zerofleet.run("run", str(zerofleet.recipe), "--run-dir", str(directory.path))
-    assert code == 2, err
-    assert "checkpoint at step 50 cannot be written" in err
-    assert "MiB free there" in err
-    assert "Traceback" not in err
-    assert folders.complete(directory.checkpoints) == []
-    ballast.unlink()
-    zerofleet.train(directory.path, "save_total_limit=1")
-    losses, _ = records(directory)
-    assert losses == records(uninterrupted)[0], "the run directory stays usable"
 
 
 def test_no_ray_at_the_address(zerofleet: Zerofleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

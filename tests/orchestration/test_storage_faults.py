@@ -90,6 +90,9 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(
         _, err = process.communicate(timeout=120)
         assert process.returncode == 2, err
         assert "No space left on device" in err
+        if chain[met[-1]].point == "phase.save":
+            assert "cannot be written" in err
+            assert "MiB free there" in err
         assert "Traceback" not in err
         for pid in workers:
             wait_for(lambda pid=pid: not psutil.pid_exists(pid), f"end of worker {pid}")
