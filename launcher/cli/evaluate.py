@@ -23,14 +23,17 @@ def evaluate(
     run_dir: Run,
     step: Step = None,
     max_samples: Annotated[int | None, typer.Option(help="At most so many held-out samples. Default: all.")] = None,
+    ema: Annotated[bool | None, typer.Option(help="The averaged weights, or not. Default: the recipe's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure a run's checkpoint on all of its held-out data, in this process."""
     with _quietly():
         from launcher.data.store import PreparedData
+        from launcher.planning.methods import with_average
         from launcher.training.offline import evaluate_checkpoint
 
         directory, plan, folder = _checkpoint(run_dir, step)
+        plan = plan.model_copy(update={"recipe": with_average(plan.recipe, ema)})
         location = json.loads(directory.data.read_text())
         evaluation, metrics = evaluate_checkpoint(
             folder, plan, PreparedData.load(Path(location["directory"])), max_samples

@@ -71,12 +71,14 @@ def export(
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write. Default: RUN/export.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. Default: the recipe's.")] = None,
+    ema: Annotated[bool | None, typer.Option(help="The averaged weights, or not. Default: the recipe's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder that `from_pretrained` loads."""
     from launcher.checkpoints import folders as checkpoint_folders
     from launcher.errors import CheckpointError, ExpectedError
     from launcher.orchestration.driver import read_plan
+    from launcher.planning.methods import with_average
 
     directory = RunDirectory.at(run_dir)
     plan = read_plan(directory)
@@ -93,6 +95,7 @@ def export(
             raise ExpectedError(f"--dtype {dtype}: use fp32, bf16 or fp16")
         section = plan.recipe.export.model_copy(update={"dtype": dtype})
         plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"export": section})})
+    plan = plan.model_copy(update={"recipe": with_average(plan.recipe, ema)})
     tokenizer = Path(_data_location(directory)["tokenizer_directory"])
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed talks on stdout
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -162,7 +162,7 @@ def states_by_zero_stage(
 def rank_states(recipe: Recipe, layout: Layout, deepspeed: DeepSpeedPlan) -> StateSettings:
     """Settings of the model states: ZeRO divides them among data- and sequence-parallel ranks alike."""
     replicas = layout.data_parallel_size * layout.sequence_parallel_size
-    return state_settings(deepspeed, recipe.training.precision, replicas)
+    return state_settings(deepspeed, recipe.training.precision, replicas, averaged=recipe.training.ema is not None)
 
 
 def activation_settings(

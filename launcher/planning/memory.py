@@ -63,6 +63,7 @@ class StateSettings:
     Attributes:
         persistence_threshold: stage 3 keeps parameters of at most so many elements whole on every rank ...
         model_persistence_threshold: ... as long as they are not more than this together.
+        averaged: an fp32 average of the weights is kept beside the optimizer's states (`training.ema`).
     """
 
     zero_stage: int
@@ -73,6 +74,12 @@ class StateSettings:
     offload_param: bool = False
     persistence_threshold: int = 100_000
     model_persistence_threshold: int = sys.maxsize
+    averaged: bool = False
+
+    @property
+    def moments(self) -> int:
+        """Bytes of each weight's optimizer states, besides an fp32 copy of it."""
+        return _ADAM_MOMENTS + (_FP32 if self.averaged else 0)
 
     def with_stage(self, zero_stage: int) -> "StateSettings":
         """The same under another stage, with offload where that stage has something to offload."""
@@ -85,7 +92,11 @@ class StateSettings:
 
 
 def state_settings(
-    deepspeed: DeepSpeedPlan, precision: Literal["fp32", "bf16", "fp16"], data_parallel_size: int
+    deepspeed: DeepSpeedPlan,
+    precision: Literal["fp32", "bf16", "fp16"],
+    data_parallel_size: int,
+    *,
+    averaged: bool = False,
 ) -> StateSettings:
     """Read the settings from a resolved DeepSpeed config."""
     zero = deepspeed.config["zero_optimization"]
@@ -102,6 +113,7 @@ def state_settings(
         offload_param=deepspeed.offload_param == "cpu",
         persistence_threshold=int(persistence),
         model_persistence_threshold=int(model_persistence),
+        averaged=averaged,
     )
 
 
@@ -160,7 +172,7 @@ def _stage_0(parameters: Sequence[ParameterTensor], settings: StateSettings) -> 
     elements, size = sum(tensor.numel for tensor in parameters), _BYTES[settings.precision]
     master = 0 if settings.precision == "fp32" else _FP32
     return MemoryPlan(
-        parameters=elements * size, gradients=elements * size, optimizer=elements * (master + _ADAM_MOMENTS)
+        parameters=elements * size, gradients=elements * size, optimizer=elements * (master + settings.moments)
     )
 
 
@@ -184,7 +196,7 @@ def _stage_1_and_2(parameters: Sequence[ParameterTensor], settings: StateSetting
     per_group = [_reached(group, size, ranks) for group, size in zip(groups, partitions, strict=True)]
     reached = max(map(sum, zip(*per_group, strict=True)))
     weights = partition * ranks * item
-    states = partition * (_FP32 + _ADAM_MOMENTS)
+    states = partition * (_FP32 + settings.moments)
     if not settings.offload_optimizer:
         kept = elements if settings.zero_stage == 1 else reached
         return MemoryPlan(parameters=weights, gradients=kept * item, optimizer=states)
@@ -217,7 +229,7 @@ def _stage_3(parameters: Sequence[ParameterTensor], settings: StateSettings) -> 
             persistent = together
     if ranks == 1 and not settings.offload_param:
         persistent = 0
-    states = shares * (_FP32 + _ADAM_MOMENTS)
+    states = shares * (_FP32 + settings.moments)
     on_host = settings.offload_optimizer
     return MemoryPlan(
         parameters=(persistent + (0 if settings.offload_param else shares)) * size,

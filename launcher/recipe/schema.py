@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from launcher.recipe.method_sections import EmaSection
 from launcher.recipe.section import Section
 from launcher.recipe.task_sections import (
     AdapterSection,
@@ -261,6 +262,13 @@ class TrainingSection(Section):
     `output_router_logits: true`, otherwise 0."""
     adversarial: AdversarialSection | None = None
     """Add the loss on disturbed inputs to the loss; ZeRO stages 0 to 2, data parallel."""
+    ema: EmaSection | None = None
+    """Keep a moving average of the weights, which is evaluated and exported; data parallel."""
+
+    @property
+    def uses_average(self) -> bool:
+        """Whether the averaged weights are what is evaluated and exported."""
+        return self.ema is not None and self.ema.use
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "TrainingSection":

@@ -20,7 +20,7 @@ from launcher.models.build import DTYPES
 from launcher.planning.plan import Plan
 from launcher.recipe.tasks import TASKS
 from launcher.tasks import make_task
-from launcher.training.consolidation import trained_state_dict, whole_weights
+from launcher.training.consolidation import averaged_weights, trained_state_dict, whole_weights
 
 
 def checkpoint_to_export(checkpoints: Path, plan: Plan) -> Path:
@@ -61,7 +61,8 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
     with torch.device("meta"):
         model = task.auto_class.from_config(config, dtype=dtype)
     with _scratch(target) as scratch:
-        state = {name: _in_file(tensor, dtype, scratch) for name, tensor in whole_weights(folder, manifest)}
+        weights = averaged_weights if plan.recipe.training.uses_average else whole_weights
+        state = {name: _in_file(tensor, dtype, scratch) for name, tensor in weights(folder, manifest)}
         # Tied weights may be absent from the state (one copy is stored); everything else must match.
         mismatch = (set(model.state_dict()) ^ set(state)) - set(model.all_tied_weights_keys)
         if mismatch:
@@ -126,7 +127,9 @@ def _export_adapter(folder: Path, plan: Plan, tokenizer_directory: Path, target:
     """
     whole = plan.model_copy(update={"zero_stage": 0})
     model = make_task(whole, PreparedData.load(tokenizer_directory.parent).facts).build_model()
-    state = trained_state_dict(folder, read_manifest(folder).zero_stage)
+    manifest = read_manifest(folder)
+    averaged = plan.recipe.training.uses_average
+    state = dict(averaged_weights(folder, manifest)) if averaged else trained_state_dict(folder, manifest.zero_stage)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if missing := trained - set(state):
         raise CheckpointError(f"checkpoint {folder} does not hold the plan's adapter; missing: {sorted(missing)[:5]}")

@@ -15,13 +15,13 @@ from launcher.planning.plan import Plan, make_plan
 from launcher.recipe.schema import ParallelSection, ZeroSection
 from launcher.recipe.tasks import TASKS
 from launcher.tasks import Metrics, Task, make_task
-from launcher.training.consolidation import trained_state_dict, whole_weights
+from launcher.training.consolidation import averaged_weights, trained_state_dict, whole_weights
 from launcher.training.evaluation import Evaluation
 from launcher.training.measuring import measure
 
 
 def load_checkpoint(folder: Path, plan: Plan, prepared: PreparedData) -> tuple[Plan, Task, Any]:
-    """Build a checkpoint's model in this process, whole, in fp32.
+    """Build a checkpoint's model in this process, whole, in fp32; with the averaged weights, where those are used.
 
     Returns:
         The plan for one process, the task and the model, in evaluation mode.
@@ -42,11 +42,12 @@ def load_checkpoint(folder: Path, plan: Plan, prepared: PreparedData) -> tuple[P
     )
     task = make_task(alone, prepared.facts)
     model: Any = task.build_model()
+    averaged = dict(averaged_weights(folder, manifest)) if plan.recipe.training.uses_average else None
     if plan.recipe.adapter is not None:
-        state = trained_state_dict(folder, manifest.zero_stage)
+        state = trained_state_dict(folder, manifest.zero_stage) if averaged is None else averaged
         wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     else:
-        state = dict(whole_weights(folder, manifest))
+        state = dict(whole_weights(folder, manifest)) if averaged is None else averaged
         wanted = set(model.state_dict()) - set(model.all_tied_weights_keys)
     if missing := wanted - set(state):
         raise CheckpointError(f"checkpoint {folder} does not hold the plan's model; missing: {sorted(missing)[:5]}")
