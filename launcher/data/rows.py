@@ -10,7 +10,7 @@ from cluster.validation import near_match
 from launcher.data.examples import ExampleEncoder, Row
 from launcher.data.sources import LocatedSource, open_table
 from launcher.errors import SourceError
-from launcher.recipe.schema import ImageFolderSource, ScikitLearnSource, Source, TextSource
+from launcher.recipe.schema import AudioFolderSource, ImageFolderSource, ScikitLearnSource, Source, TextSource
 
 ROWS_AT_ONCE = 512
 _EMPTY_LINE = re.compile(r"\n[ \t]*\n")
@@ -33,7 +33,7 @@ class Rows:
         self.located = located
         self.source: Source = located.source
         self._table: Any = None
-        if isinstance(self.source, TextSource | ImageFolderSource | ScikitLearnSource):
+        if isinstance(self.source, TextSource | ImageFolderSource | AudioFolderSource | ScikitLearnSource):
             offered = _offered(self.source)
             missing = [role for role in encoder.roles if role not in offered]
             if missing:
@@ -74,14 +74,15 @@ class Rows:
                     label = {"label": path.parent.name} if source.label_from_folder else {}
                     yield from (columns | label for columns in _documents(path, source))
                 else:
-                    yield {"image": {"bytes": path.read_bytes(), "path": file.path}, "label": path.parent.name}
+                    role = "audio" if isinstance(source, AudioFolderSource) else "image"
+                    yield {role: {"bytes": path.read_bytes(), "path": file.path}, "label": path.parent.name}
 
 
 def _offered(source: Source) -> list[str]:
     if isinstance(source, TextSource):
         names = ["text"] if source.pattern is None else list(re.compile(source.pattern).groupindex)
         return [*names, "label"] if source.label_from_folder else names
-    return ["image", "label"]
+    return ["audio" if isinstance(source, AudioFolderSource) else "image", "label"]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from launcher.recipe.method_sections import EmaSection
 from launcher.recipe.section import Section
 from launcher.recipe.task_sections import (
     AdapterSection,
+    AudioSection,
     ClassificationSection,
     DistillationSection,
     EmbeddingSection,
@@ -148,6 +149,17 @@ class ImageFolderSource(_SourceBase):
     with `./` or `../` from the folder of the recipe."""
 
 
+class AudioFolderSource(_SourceBase):
+    """WAV files in one folder a class: `sounds/CLASS/*.wav`."""
+
+    type: Literal["audio_folder"]
+    files: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Paths or globs (`**` crosses folders); relative ones are taken from the folder of the recipe."""
+    exclude: tuple[str, ...] = ()
+    """Globs of files to leave out, matched against the whole path; a relative one matches at any depth, one that begins
+    with `./` or `../` from the folder of the recipe."""
+
+
 class ScikitLearnSource(_SourceBase):
     """A data set that comes inside scikit-learn's own package."""
 
@@ -171,7 +183,7 @@ class HubSource(_SourceBase):
 
 
 Source = Annotated[
-    TextSource | TableSource | SavedSource | ImageFolderSource | ScikitLearnSource | HubSource,
+    TextSource | TableSource | SavedSource | ImageFolderSource | AudioFolderSource | ScikitLearnSource | HubSource,
     Field(discriminator="type"),
 ]
 
@@ -533,6 +545,7 @@ class Recipe(Section):
     data: DataSection
     classification: ClassificationSection = ClassificationSection()
     image: ImageSection = ImageSection()
+    audio: AudioSection = AudioSection()
     adapter: AdapterSection | None = None
     """Train added weights instead of the model's own; checkpoints then hold only what is trained."""
     distillation: DistillationSection | None = None

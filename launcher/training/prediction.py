@@ -19,7 +19,7 @@ from launcher.tasks import Task
 from launcher.training.offline import load_checkpoint
 
 READERS = {".jsonl": "from_json", ".json": "from_json", ".csv": "from_csv", ".parquet": "from_parquet"}
-PREDICTED = ("image_classification", "sequence_classification")
+PREDICTED = ("audio_classification", "image_classification", "sequence_classification")
 """Tasks whose models say something of a row."""
 
 _PLACEHOLDER: dict[str, Any] = {"single_label": None, "multi_label": [], "regression": 0.0}
@@ -121,13 +121,13 @@ def _encoded(plan: Plan, prepared: PreparedData, rows: Sequence[Row]) -> list[An
     encoder.begin(tokenizer, [[{"label": label if placeholder is None else [label]} for label in labels]])
     label = labels[0] if placeholder is None else placeholder
     ready = [{**row, "label": label} for row in rows]
-    if "image" in encoder.roles:
-        ready = [{**row, "image": _picture(row["image"])} for row in ready]
+    for role in {"image", "audio"} & set(encoder.roles):
+        ready = [{**row, role: _file(row[role])} for row in ready]
     return list(encoder.encode(ready)) if ready else []
 
 
-def _picture(value: Any) -> Any:
-    """A path, as the form of an image that `datasets` has."""
+def _file(value: Any) -> Any:
+    """A path, as the form of an image or a sound that `datasets` has."""
     return {"bytes": None, "path": value} if isinstance(value, str) else value
 
 
