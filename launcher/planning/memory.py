@@ -63,7 +63,7 @@ class StateSettings:
     Attributes:
         persistence_threshold: stage 3 keeps parameters of at most so many elements whole on every rank ...
         model_persistence_threshold: ... as long as they are not more than this together.
-        averaged: an fp32 average of the weights is kept beside the optimizer's states (`training.ema`).
+        copies: so many further fp32 copies of the weights are kept (`training.ema`, `optimizer.decay_to_start`).
     """
 
     zero_stage: int
@@ -74,12 +74,12 @@ class StateSettings:
     offload_param: bool = False
     persistence_threshold: int = 100_000
     model_persistence_threshold: int = sys.maxsize
-    averaged: bool = False
+    copies: int = 0
 
     @property
     def moments(self) -> int:
         """Bytes of each weight's optimizer states, besides an fp32 copy of it."""
-        return _ADAM_MOMENTS + (_FP32 if self.averaged else 0)
+        return _ADAM_MOMENTS + self.copies * _FP32
 
     def with_stage(self, zero_stage: int) -> "StateSettings":
         """The same under another stage, with offload where that stage has something to offload."""
@@ -96,7 +96,7 @@ def state_settings(
     precision: Literal["fp32", "bf16", "fp16"],
     data_parallel_size: int,
     *,
-    averaged: bool = False,
+    copies: int = 0,
 ) -> StateSettings:
     """Read the settings from a resolved DeepSpeed config."""
     zero = deepspeed.config["zero_optimization"]
@@ -113,7 +113,7 @@ def state_settings(
         offload_param=deepspeed.offload_param == "cpu",
         persistence_threshold=int(persistence),
         model_persistence_threshold=int(model_persistence),
-        averaged=averaged,
+        copies=copies,
     )
 
 

@@ -1,4 +1,4 @@
-"""Where ways to train that change the fp32 weights themselves (`training.ema`) have been proved."""
+"""Where ways to train that use the fp32 weights themselves have been proved: an average of them, a pull on them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,10 +29,10 @@ def method_problems(
         zero_stage: of the run.
         deepspeed_config: resolved.
     """
-    chosen = [name for name in ("ema",) if getattr(recipe.training, name) is not None]
+    chosen = ["training.ema"] if recipe.training.ema is not None else []
+    chosen += ["optimizer.decay_to_start"] if recipe.optimizer.decay_to_start else []
     problems = []
-    for name in chosen:
-        where = f"training.{name}"
+    for where in chosen:
         if layout.model_parallel_size > 1 or layout.expert_parallel_size > 1:
             problems.append(Problem("is for data parallel runs, with any ZeRO stage: leave parallel out", where))
         if zero_stage == 0 and recipe.training.precision != "fp32":

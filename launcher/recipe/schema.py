@@ -307,6 +307,12 @@ class OptimizerSection(Section):
     layer_wise_lr_decay: float | None = Field(default=None, gt=0, lt=1)
     """Each layer learns at this share of the rate of the layer above it (Howard and Ruder, arXiv 1801.06146); the head
     at training.learning_rate, the embeddings at the lowest rate."""
+    unfreeze_every_steps: int | None = Field(default=None, ge=1)
+    """Train the head alone for so many steps, then the layer below it too, and so on down to the embeddings (gradual
+    unfreezing, of the same authors): the others have a learning rate of 0. Their gradients are made all the same."""
+    decay_to_start: float = Field(default=0.0, ge=0)
+    """Decay of the weights towards those that training began with (L2-SP, Li et al., arXiv 1802.01483), decoupled from
+    the gradient as weight_decay is; for all that is trained."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -593,8 +599,11 @@ class Recipe(Section):
                 f"data.format {self.data.format} makes batches of different lengths, which no test of ours has trained "
                 "but data parallel: leave parallel out"
             )
-        if self.optimizer.layer_wise_lr_decay is not None and spread:
-            raise ValueError("optimizer.layer_wise_lr_decay is for data parallel runs: leave parallel out")
+        for name in ("layer_wise_lr_decay", "unfreeze_every_steps"):
+            if getattr(self.optimizer, name) is not None and spread:
+                raise ValueError(f"optimizer.{name} is for data parallel runs: leave parallel out")
+        if self.optimizer.unfreeze_every_steps is not None and self.optimizer.type not in ("adamw", "sgd"):
+            raise ValueError("optimizer.unfreeze_every_steps is for adamw and sgd")
         if self.training.adversarial is not None and (spread or self.zero.stage == 3 or self.adapter is not None):
             raise ValueError(
                 "training.adversarial is for data parallel runs of the whole model under ZeRO stages 0 to 2: leave "

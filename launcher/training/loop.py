@@ -17,6 +17,7 @@ from launcher.run_directory import append_json_line, read_json_lines
 from launcher.tasks import Metrics, Task, make_task
 from launcher.training.averaging import WeightAverage
 from launcher.training.batch_norm import share_running_statistics
+from launcher.training.before_step import make_before_step
 from launcher.training.checkpoint import CheckpointManager, Progress
 from launcher.training.context import Phase, WorkerContext
 from launcher.training.distributed import Agreement, max_over_ranks, sum_over_ranks
@@ -150,6 +151,8 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
     checkpoints = CheckpointManager(
         context.run_directory.checkpoints, plan, prepared.fingerprint, notify=heartbeat.notify, average=average
     )
+    progress = Progress()
+    before_step = make_before_step(engine, plan.zero_stage, plan.recipe.optimizer, lambda: progress.step)
     progress = checkpoints.load(engine)
     heartbeat.step, heartbeat.max_steps = progress.step, max_steps
     heartbeat.saved(progress.step)
@@ -167,7 +170,7 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
         monitor=monitor,
         losses=LossWatch(plan.recipe.fault_tolerance, context.run_directory, context.rank),
         place=plan.layout.coordinates(context.rank),
-        passes=make_passes(plan, engine, task, device, heartbeat),
+        passes=make_passes(plan, engine, task, device, heartbeat, before_step),
         collate=own_part(task.collate, plan.layout, plan.layout.coordinates(context.rank)),
         triggers=SaveTriggers(context.run_directory, plan.recipe.checkpoint) if context.rank == 0 else None,
         average=average,
