@@ -45,6 +45,9 @@ TASKS = {
     ),
     "causal_lm": TaskEntry("launcher.tasks.causal_lm:CausalLanguageModelling", packed_text=True, generates=True),
     "image_classification": TaskEntry("launcher.tasks.image_classification:ImageClassification", tokens=False),
+    "image_text_contrastive": TaskEntry(
+        "launcher.tasks.image_text_contrastive:ImageTextContrastive", encoder_tokens=True
+    ),
     "kto": TaskEntry("launcher.tasks.kto:Kto", generates=True),
     "masked_lm": TaskEntry("launcher.tasks.masked_lm:MaskedLanguageModelling", encoder_tokens=True),
     "preference": TaskEntry("launcher.tasks.preference:Preference", generates=True),
