@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=600, help="size of the state, about")
     parser.add_argument("--rounds", type=int, default=5, help="how often every arm saves, after one save that warms up")
     parser.add_argument("--folder", type=Path, help="a folder on the disk to measure; default: the temporary folder")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="what saves; ratios are to dcp")
     parser.add_argument("--json", action="store_true", help="print everything measured")
     arguments = parser.parse_args()
     facts = machine()
@@ -35,7 +36,8 @@ def main() -> None:
         folder = Path(temporary)
         (folder / "recipe.yaml").write_text(recipe_of(arguments.megabytes))
         environment = arm_environment(folder)
-        saves = ranks("save", WORKERS, folder, environment, rounds=arguments.rounds)
+        arms = [arm for arm in ARMS if arm in {"ours_asynchronous", "dcp", *arguments.arms}]  # what the rest needs
+        saves = ranks("save", WORKERS, folder, environment, arguments.rounds, *arms)
         loads = {
             "same_size": ranks("load", WORKERS, folder, environment),
             "resized": ranks("load", 1, folder, environment),
@@ -56,10 +58,12 @@ def recipe_of(megabytes: int) -> str:
     return setting.recipe
 
 
-def ranks(role: str, size: int, folder: Path, environment: dict[str, str], rounds: int = 1) -> dict[str, Any]:
+def ranks(
+    role: str, size: int, folder: Path, environment: dict[str, str], rounds: int = 1, *arms: str
+) -> dict[str, Any]:
     """Start a group of ranks that play a role; returns what rank 0 measured."""
     port = free_port()
-    commands = [sys.executable, str(Path(__file__).resolve()), "--rank-of", role, str(folder), str(rounds)]
+    commands = [sys.executable, str(Path(__file__).resolve()), "--rank-of", role, str(folder), str(rounds), *arms]
     processes = [
         subprocess.Popen(
             commands,
@@ -140,7 +144,7 @@ class Engine:
         return state
 
 
-def save_role(folder: Path, rounds: int) -> None:
+def save_role(folder: Path, rounds: int, names: Sequence[str]) -> None:
     """Let every arm save in turn; record how long training waited, and its steps meanwhile."""
     import torch.distributed as dist
 
@@ -150,7 +154,7 @@ def save_role(folder: Path, rounds: int) -> None:
     arms = _arms(me)
     measured: list[dict[str, Any]] = []
     for turn in range(rounds + 1):
-        for arm in rotated(ARMS, turn):
+        for arm in rotated(names, turn):
             idle = [me.step() for _ in range(IDLE_STEPS)]
             dist.barrier()
             began = time.perf_counter()
@@ -235,7 +239,7 @@ def sync_files(folder: Path, rank: int) -> None:
             os.close(descriptor)
 
 
-def load_role(folder: Path, rounds: int) -> None:
+def load_role(folder: Path) -> None:
     """Load our newest checkpoint into a fresh engine, converting it first if need be."""
     me = Engine(folder)
     told: list[str] = []
@@ -289,7 +293,8 @@ def summary(saves: dict[str, Any], loads: dict[str, Any], verified: dict[str, fl
     """Medians, and the ratios that the issue of this benchmark is about, each within one round."""
     later = [save for save in saves["saves"] if save["round"] > 0]
     arms: dict[str, Any] = {}
-    for arm in ARMS:
+    present = {save["arm"] for save in later}
+    for arm in [arm for arm in ARMS if arm in present]:
         own = [save for save in later if save["arm"] == arm]
         slower = [
             Spread.of(save["meanwhile"]).median / Spread.of(save["idle"]).median for save in own if save["meanwhile"]
@@ -304,7 +309,7 @@ def summary(saves: dict[str, Any], loads: dict[str, Any], verified: dict[str, fl
     rounds = sorted({save["round"] for save in later})
     ratios: dict[str, Any] = {
         f"{arm} / dcp": vars(Spread.of([by_round[r, arm] / by_round[r, "dcp"] for r in rounds]))
-        for arm in ARMS
+        for arm in arms
         if arm != "dcp"
     }
     ratios["verify / read"] = verified["verify"] / verified["read"]
@@ -332,6 +337,9 @@ def text_of(result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank-of"]:
-        {"save": save_role, "load": load_role}[sys.argv[2]](Path(sys.argv[3]), int(sys.argv[4]))
+        if sys.argv[2] == "save":
+            save_role(Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
+        else:
+            load_role(Path(sys.argv[3]))
         os._exit(0)
     main()

@@ -9,7 +9,7 @@ import time
 
 from launcher.orchestration.simulated_group import Scenario
 from launcher.orchestration.simulator import expected_goodput, simulate
-from launcher.recipe.schema import FaultToleranceSection
+from launcher.recipe.run_sections import FaultToleranceSection
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from launcher.checkpoints.files import path_inside
 from launcher.checkpoints.manifest import MANIFEST_NAME, Manifest, faults_of, parse_manifest
 from launcher.checkpoints.retention import Candidate, is_pinned, score_of, to_prune
 from launcher.errors import CheckpointError, StorageError
-from launcher.recipe.schema import CheckpointSection
+from launcher.recipe.run_sections import CheckpointSection
 
 
 class RemoteCheckpoints:

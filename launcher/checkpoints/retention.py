@@ -7,7 +7,7 @@ from pathlib import Path
 from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import Manifest, faults_of, read_manifest
 from launcher.errors import CheckpointError
-from launcher.recipe.schema import CheckpointSection
+from launcher.recipe.run_sections import CheckpointSection
 
 PIN = ".pinned"
 

@@ -66,7 +66,7 @@ def simulate(
 
 def _of_recipe(name: str | None) -> Any:
     from launcher.recipe.loading import read_recipe
-    from launcher.recipe.schema import FaultToleranceSection
+    from launcher.recipe.run_sections import FaultToleranceSection
 
     if name is None:
         return FaultToleranceSection(), None

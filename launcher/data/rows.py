@@ -10,7 +10,7 @@ from cluster.validation import near_match
 from launcher.data.examples import ExampleEncoder, Row
 from launcher.data.sources import LocatedSource, open_table
 from launcher.errors import SourceError
-from launcher.recipe.schema import AudioFolderSource, ImageFolderSource, ScikitLearnSource, Source, TextSource
+from launcher.recipe.data_sections import AudioFolderSource, ImageFolderSource, ScikitLearnSource, Source, TextSource
 
 ROWS_AT_ONCE = 512
 _EMPTY_LINE = re.compile(r"\n[ \t]*\n")

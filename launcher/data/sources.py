@@ -12,16 +12,16 @@ from xxhash import xxh3_64_intdigest
 from cluster.errors import Problem
 from launcher.data.files import FileFacts, find_files, index_path, scan_files
 from launcher.errors import SourceError, StorageError
-from launcher.recipe.schema import (
+from launcher.recipe.data_sections import (
     AudioFolderSource,
     HubSource,
     ImageFolderSource,
-    Recipe,
     SavedSource,
     ScikitLearnSource,
     Source,
     TextSource,
 )
+from launcher.recipe.schema import Recipe
 
 READ_BYTES = 1 << 20
 """Text that is read at once, about; a single document may be larger."""

@@ -11,7 +11,8 @@ from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from cluster.errors import Problem
 from launcher.errors import SourceError
-from launcher.recipe.schema import Recipe, TrainTokenizerSection
+from launcher.recipe.model_sections import TrainTokenizerSection
+from launcher.recipe.schema import Recipe
 from launcher.recipe.tasks import TASKS
 
 END_OF_TEXT = "<|endoftext|>"

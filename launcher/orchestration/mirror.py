@@ -7,7 +7,7 @@ from pathlib import Path
 from launcher.checkpoints import folders
 from launcher.checkpoints.remote import RemoteCheckpoints
 from launcher.errors import ExpectedError
-from launcher.recipe.schema import CheckpointSection
+from launcher.recipe.run_sections import CheckpointSection
 
 LOOK_INTERVAL_S = 1.0
 RETRY_INTERVAL_S = 30.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from launcher.orchestration.failure import Category, Failure, FailureKind, Verdict
-from launcher.recipe.schema import FaultToleranceSection
+from launcher.recipe.run_sections import FaultToleranceSection
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from launcher.orchestration.accounting import ATTEMPT_ENDS, Account, Ledger, acc
 from launcher.orchestration.policy import FailurePolicy
 from launcher.orchestration.simulated_group import DAY, Recorder, Scenario, SimulatedGroup, VirtualClock
 from launcher.orchestration.supervisor import RunState, Supervisor
-from launcher.recipe.schema import FaultToleranceSection
+from launcher.recipe.run_sections import FaultToleranceSection
 
 INTERVAL_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Multiples of the Young-Daly interval that are simulated for a recommendation."""

@@ -6,7 +6,8 @@ from typing import Any
 
 from launcher.errors import Problem
 from launcher.planning.layout import Layout
-from launcher.recipe.schema import OptimizerSection, Recipe
+from launcher.recipe.schema import Recipe
+from launcher.recipe.training_sections import OptimizerSection
 
 
 @dataclass(frozen=True)

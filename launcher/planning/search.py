@@ -31,7 +31,8 @@ from launcher.planning.model_shape import ModelShape, model_shape
 from launcher.planning.rank_memory import RankMemory, activations_known, stage_memory, stage_states
 from launcher.planning.sharding import StageParameters, shard
 from launcher.planning.throughput import Machine, StepTime, step_time
-from launcher.recipe.schema import ParallelSection, Recipe
+from launcher.recipe.layout_sections import ParallelSection
+from launcher.recipe.schema import Recipe
 
 LARGEST_MICRO_BATCH = 64
 """Samples; larger ones gain nothing, since matrix products are large by then."""

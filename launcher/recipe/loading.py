@@ -20,9 +20,10 @@ from cluster.strict_yaml import Document, read_yaml
 from cluster.validation import validate
 from launcher.errors import RecipeError
 from launcher.recipe.catalogue import find_recipe
+from launcher.recipe.data_sections import HubSource, SavedSource, ScikitLearnSource, Source
 from launcher.recipe.overrides import apply_overrides
 from launcher.recipe.references import escape, resolve_references
-from launcher.recipe.schema import HubSource, Recipe, SavedSource, ScikitLearnSource, Source
+from launcher.recipe.schema import Recipe
 
 _PATH_BEGINNINGS = ("./", "../", "/", "~/")
 

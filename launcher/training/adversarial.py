@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from launcher.errors import ModelError
-from launcher.recipe.schema import AdversarialSection
+from launcher.recipe.training_sections import AdversarialSection
 from launcher.tasks import Batch, LossOutput
 
 Loss = Callable[[Any, Batch], LossOutput]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from launcher.checkpoints.manifest import Manifest
 from launcher.errors import CheckpointError
-from launcher.recipe.method_sections import EmaSection
+from launcher.recipe.training_sections import EmaSection
 from launcher.training.checkpoint_files import read_state
 from launcher.training.fp32_weights import Fp32Weights
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from launcher.recipe.schema import OptimizerSection
+from launcher.recipe.training_sections import OptimizerSection
 from launcher.training.engine import DEPTH
 from launcher.training.fp32_weights import Fp32Weights
 

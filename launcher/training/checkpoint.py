@@ -87,6 +87,8 @@ class CheckpointManager:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.files = CheckpointFiles(self.rank)
+        self._recipe_hash = recipe_hash(plan.recipe)
+        self._versions = {name: version(name) for name in WRITERS}  # 10 ms, which each save would wait for
         self.failed_saves = 0
         self._last_failure = ""
         self._known: list[Outcome] = []
@@ -297,13 +299,13 @@ class CheckpointManager:
             precision=recipe.training.precision,
             data_fingerprint=self.data_fingerprint,
             recipe=recipe,
-            recipe_hash=recipe_hash(recipe),
+            recipe_hash=self._recipe_hash,
             best_eval_loss=progress.best_eval_loss,
             evaluations_without_improvement=progress.evaluations_without_improvement,
             eval_loss=progress.eval_loss if progress.eval_step == progress.step else None,
             eval_score=progress.eval_score if progress.eval_step == progress.step else None,
             rng={"seed": recipe.seed, "each_step": "blake2b(seed:step:rank)"},
-            versions={name: version(name) for name in WRITERS},
+            versions=self._versions,
             saved_at=time.time(),
             reason=reason,
             files={},

@@ -11,7 +11,7 @@ from torch import nn
 from launcher.errors import RecipeError
 from launcher.models.sequence import spread_sequences
 from launcher.planning.plan import Plan
-from launcher.recipe.schema import TrainingSection
+from launcher.recipe.training_sections import TrainingSection
 from launcher.training import upstream
 
 DEPTH = "layers_above"

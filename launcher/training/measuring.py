@@ -13,7 +13,7 @@ from launcher.data.loader import evaluation_batches
 from launcher.data.sampler import evaluation_rows
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
-from launcher.recipe.schema import EvaluationSection
+from launcher.recipe.run_sections import EvaluationSection
 from launcher.run_directory import RunDirectory, write_atomically
 from launcher.tasks import Metrics, Sample, Task
 from launcher.training.distributed import broadcast, sum_over_ranks

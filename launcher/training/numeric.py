@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from launcher.checkpoints.fault_plan import spoiled
 from launcher.errors import NumericError
-from launcher.recipe.schema import FaultToleranceSection
+from launcher.recipe.run_sections import FaultToleranceSection
 from launcher.run_directory import RunDirectory, append_json_line, read_json_lines
 
 HISTORY = 50

@@ -12,7 +12,7 @@ from launcher.data.store import PreparedData
 from launcher.errors import CheckpointError, DataError, ExpectedError
 from launcher.planning.layout import Resources
 from launcher.planning.plan import Plan, make_plan
-from launcher.recipe.schema import ParallelSection, ZeroSection
+from launcher.recipe.layout_sections import ParallelSection, ZeroSection
 from launcher.recipe.tasks import TASKS
 from launcher.tasks import Metrics, Task, make_task
 from launcher.training.consolidation import averaged_weights, trained_state_dict, whole_weights

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from launcher.recipe.schema import ProfilingSection
+from launcher.recipe.run_sections import ProfilingSection
 from launcher.run_directory import RunDirectory
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from launcher.checkpoints.requests import Answer, Inbox
-from launcher.recipe.schema import CheckpointSection
+from launcher.recipe.run_sections import CheckpointSection
 from launcher.run_directory import RunDirectory
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints in a second place: fsspec's object store in memory, and a path."""
+"""Checkpoints in a second place: an S3 server, fsspec's object store in memory, and a path."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -14,18 +14,35 @@ from launcher.checkpoints.manifest import faults_of
 from launcher.checkpoints.remote import RemoteCheckpoints, fetch_newest
 from launcher.errors import CheckpointError, StorageError
 from launcher.orchestration.mirror import Mirror
-from launcher.recipe.schema import CheckpointSection
+from launcher.recipe.run_sections import CheckpointSection
+from tests.support.s3 import BUCKET, s3_server
 
 MakeCheckpoint = Callable[..., Path]
 KEEP_ALL = CheckpointSection(save_total_limit=None)
 
 
-@pytest.fixture(params=["memory", "file"])
-def remote(request: pytest.FixtureRequest, tmp_path: Path) -> RemoteCheckpoints:
+@pytest.fixture(scope="module")
+def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with s3_server(tmp_path_factory.mktemp("s3") / "server.log") as environment:
+        yield environment
+
+
+@pytest.fixture(params=["s3", "memory", "file"])
+def remote(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[RemoteCheckpoints]:
+    if request.param == "s3":
+        for name, value in request.getfixturevalue("s3_environment").items():
+            monkeypatch.setenv(name, value)
+        remote = RemoteCheckpoints(f"s3://{BUCKET}/{tmp_path.name}")
+        yield remote
+        remote.files.clear_instance_cache()  # it keeps the server's address
+        return
     if request.param == "memory":
         fsspec.filesystem("memory").store.clear()
-        return RemoteCheckpoints("memory://bucket/run")
-    return RemoteCheckpoints(str(tmp_path / "elsewhere"))
+        yield RemoteCheckpoints("memory://bucket/run")
+        return
+    yield RemoteCheckpoints(str(tmp_path / "elsewhere"))
 
 
 def test_another_machine_resumes_from_it_alone(

@@ -9,7 +9,7 @@ import pytest
 from launcher.checkpoints import requests
 from launcher.checkpoints.requests import Answer, Inbox
 from launcher.errors import CheckpointError
-from launcher.recipe.schema import CheckpointSection
+from launcher.recipe.run_sections import CheckpointSection
 from launcher.run_directory import RunDirectory
 
 

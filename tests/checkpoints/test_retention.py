@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from launcher.checkpoints import folders, retention
 from launcher.checkpoints.retention import Candidate, to_prune
-from launcher.recipe.schema import CheckpointSection
+from launcher.recipe.run_sections import CheckpointSection
 
 MakeCheckpoint = Callable[..., Path]
 

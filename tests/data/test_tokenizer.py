@@ -25,7 +25,8 @@ from launcher.data.tokenizer import (
     train_tokenizer,
 )
 from launcher.errors import SourceError
-from launcher.recipe.schema import Recipe, TrainTokenizerSection
+from launcher.recipe.model_sections import TrainTokenizerSection
+from launcher.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
 SECTION = TrainTokenizerSection(vocab_size=500)
@@ -85,7 +86,7 @@ def test_training_depends_on_the_set_of_documents_alone(
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     script = (
         "import json, sys; from pathlib import Path; from launcher.data.tokenizer import train_tokenizer; "
-        "from launcher.recipe.schema import TrainTokenizerSection; folder = Path(sys.argv[1]); "
+        "from launcher.recipe.model_sections import TrainTokenizerSection; folder = Path(sys.argv[1]); "
         "texts = json.loads((folder / 'texts.json').read_text()); "
         "train_tokenizer(texts, TrainTokenizerSection(vocab_size=500), folder)"
     )

@@ -9,7 +9,7 @@ from launcher.orchestration.detection import Hang
 from launcher.orchestration.failure import Failure, FailureKind
 from launcher.orchestration.policy import FailurePolicy
 from launcher.orchestration.supervisor import GroupStatus, RunState, Supervisor
-from launcher.recipe.schema import FaultToleranceSection
+from launcher.recipe.run_sections import FaultToleranceSection
 from launcher.training.context import Beat, Phase
 
 ECHO = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5432"

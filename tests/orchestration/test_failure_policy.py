@@ -7,7 +7,7 @@ import pytest
 
 from launcher.orchestration.failure import Category, Failure, FailureKind, classify, describe, first_cause
 from launcher.orchestration.policy import FailurePolicy, GiveUp, Incident, Retry
-from launcher.recipe.schema import FaultToleranceSection
+from launcher.recipe.run_sections import FaultToleranceSection
 from tests.orchestration.stepped import ECHO, died, failure
 
 DIED = FailureKind.DIED

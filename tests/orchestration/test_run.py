@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from contextlib import suppress
@@ -16,6 +17,7 @@ from launcher.checkpoints.manifest import read_manifest
 from launcher.orchestration.journal import read_account
 from launcher.run_directory import RunDirectory, read_json_lines
 from tests.orchestration.conftest import Zerofleet, records, wait_for, wait_for_step, worker_pids
+from tests.support.s3 import BUCKET, s3_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.distributed]
 
@@ -77,6 +79,31 @@ def test_ctrl_c_saves_and_the_same_command_continues(
     again = zerofleet.train(directory.path)
     assert again["already_complete"]
     assert len(read_json_lines(directory.attempts)) == 2, "a complete run starts no worker"
+
+
+def test_another_machine_goes_on_from_an_s3_server_alone(
+    zerofleet: Zerofleet, uninterrupted: RunDirectory, tmp_path: Path
+) -> None:
+    with s3_server(tmp_path / "s3.log") as environment:
+        zerofleet.environment = zerofleet.environment | environment
+        settings = (str(zerofleet.recipe), f"checkpoint.directory=s3://{BUCKET}/run")
+        lost = RunDirectory.at(tmp_path / "lost")
+        process = zerofleet.start("run", *settings, "--run-dir", str(lost.path))
+        wait_for_step(lost, 6)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        step = folders.step_of(folders.complete(lost.checkpoints)[-1])
+        shutil.rmtree(lost.path)
+        directory = RunDirectory.at(tmp_path / "run")
+        code, _, err = zerofleet.run("run", *settings, "--run-dir", str(directory.path))
+        assert code == 0, err
+        assert f"fetched step_{step:08} from s3://{BUCKET}/run" in err
+    losses, samples = records(uninterrupted)
+    assert records(directory) == (
+        {at: loss for at, loss in losses.items() if at > step},
+        {(rank, at): ids for (rank, at), ids in samples.items() if at > step},
+    )
 
 
 def test_a_second_ctrl_c_ends_at_once(zerofleet: Zerofleet, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from launcher.orchestration.simulator import (
     recommend,
     simulate,
 )
-from launcher.recipe.schema import FaultToleranceSection
+from launcher.recipe.run_sections import FaultToleranceSection
 
 PATIENT = FaultToleranceSection(
     max_restarts=10**6, max_start_failures=10**6, exclude_node_after=None, restart_delay_seconds=0

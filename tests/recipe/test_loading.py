@@ -7,8 +7,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import PlanError, Problem, RecipeError
-from launcher.recipe import schema
+from launcher.recipe.data_sections import DataSection, HubSource, TextSource
+from launcher.recipe.layout_sections import DeepSpeedSection
 from launcher.recipe.loading import differences, dump_recipe, load_recipe, read_recipe, recipe_hash
+from launcher.recipe.model_sections import ModelSection, TokenizerSection
+from launcher.recipe.schema import Recipe
+from launcher.recipe.training_sections import TrainingSection
 
 
 def test_relative_paths_are_taken_from_the_folder_of_the_recipe(write_recipe, tmp_path: Path, monkeypatch):
@@ -115,28 +119,28 @@ plain_values = st.recursive(
 )
 sources = st.one_of(
     st.builds(
-        schema.TextSource,
+        TextSource,
         type=st.just("text"),
         files=st.lists(plain_text.map("/{}".format), min_size=1, max_size=2).map(tuple),
         exclude=st.lists(plain_text.map("*{}".format), max_size=2).map(tuple),
         text_column=plain_text,
         weight=st.floats(min_value=1e-300, max_value=1e300),
     ),
-    st.builds(schema.HubSource, type=st.just("hub"), path=plain_text, revision=st.none() | plain_text),
+    st.builds(HubSource, type=st.just("hub"), path=plain_text, revision=st.none() | plain_text),
 )
 recipes = st.builds(
-    schema.Recipe,
+    Recipe,
     name=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,9}\Z"),
     description=plain_text,
     seed=st.integers(0, 2**63 - 1),
     model=st.builds(
-        schema.ModelSection,
+        ModelSection,
         model_name_or_path=st.none(),
         config=st.dictionaries(plain_text, plain_values, max_size=4).map(lambda config: {**config, "model_type": "x"}),
     ),
-    tokenizer=st.just(schema.TokenizerSection(tokenizer_name_or_path="gpt2")),
+    tokenizer=st.just(TokenizerSection(tokenizer_name_or_path="gpt2")),
     data=st.builds(
-        schema.DataSection,
+        DataSection,
         sources=st.lists(sources, min_size=1, max_size=3).map(tuple),
         validation_sources=st.just(()),
         validation_fraction=st.floats(0, 1, exclude_max=True),
@@ -144,7 +148,7 @@ recipes = st.builds(
         cache_directory=st.none(),
     ),
     training=st.builds(
-        schema.TrainingSection,
+        TrainingSection,
         max_steps=st.integers(1, 10**12),
         num_train_epochs=st.none(),
         warmup_steps=st.none(),
@@ -152,17 +156,17 @@ recipes = st.builds(
         lr_scheduler_type=plain_text,
         lr_scheduler_kwargs=st.dictionaries(plain_text, plain_values, max_size=2),
     ),
-    deepspeed=st.just(schema.DeepSpeedSection()),
+    deepspeed=st.just(DeepSpeedSection()),
 )
 
 
-def normal_paths(recipe: schema.Recipe) -> schema.Recipe:
+def normal_paths(recipe: Recipe) -> Recipe:
     """Loading normalises paths (`//a` is `/a`); so that a recipe from hypothesis is one that loading can give."""
     import os
 
     sources = tuple(
         source.model_copy(update={"files": tuple(os.path.normpath(f"/{file.strip('/')}") for file in source.files)})
-        if isinstance(source, schema.TextSource)
+        if isinstance(source, TextSource)
         else source
         for source in recipe.data.sources
     )

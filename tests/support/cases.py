@@ -170,7 +170,7 @@ def initial_weights(run_directory: str, data: str) -> dict[str, Any]:
 def watch_losses(run_directory: str, losses: list[float], **settings: Any) -> dict[str, Any]:
     """Let every rank note these losses, one a step of 4 samples and 2 targets; returns at which step it was stopped."""
     from launcher.errors import NumericError
-    from launcher.recipe.schema import FaultToleranceSection
+    from launcher.recipe.run_sections import FaultToleranceSection
     from launcher.training.numeric import LossWatch, Observed
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

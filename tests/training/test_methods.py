@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from launcher.errors import RecipeError
-from launcher.recipe.schema import AdversarialSection
+from launcher.recipe.training_sections import AdversarialSection
 from launcher.run_directory import read_json_lines
 from launcher.tasks import make_task
 from launcher.training.adversarial import adversarial_loss

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.checkpoints import folders
 from launcher.errors import RecipeError
-from launcher.recipe.schema import EvaluationSection
+from launcher.recipe.run_sections import EvaluationSection
 from launcher.run_directory import read_json_lines
 from launcher.tasks import Metrics
 from launcher.training.evaluation import Evaluation

@@ -9,7 +9,7 @@ from launcher.checkpoints import folders, requests
 from launcher.checkpoints.manifest import faults_of, manifest_hash, read_manifest
 from launcher.data.store import PreparedData
 from launcher.planning.plan import Plan
-from launcher.recipe.schema import CheckpointSection
+from launcher.recipe.run_sections import CheckpointSection
 from launcher.run_directory import RunDirectory
 from launcher.training.convert import convert_locally
 from launcher.training.save_triggers import SaveTriggers
