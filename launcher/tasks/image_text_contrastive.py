@@ -69,10 +69,10 @@ class ImageTextEncoder:
 
     def facts(self) -> dict[str, Any]:
         """What fills up a text, what ends one, and how many tokens there are."""
-        last = self.tokenizer.eos_token_id
+        last = self.tokenizer.sep_token_id  # the end token, where there is another for padding
         return {
             "pad_token_id": padding_token(self.tokenizer),
-            "end_token_id": self.tokenizer.sep_token_id if last is None else last,
+            "end_token_id": self.tokenizer.eos_token_id if last is None else last,
             "vocab_size": len(self.tokenizer),
         }
 
