@@ -71,11 +71,11 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
             )
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
-        _write(model, target, _tokenizer_of(model, plan, tokenizer_directory))
+        write_folder(model, target, tokenizer_of(model, plan, tokenizer_directory))
     return target
 
 
-def _tokenizer_of(model: Any, plan: Plan, tokenizer_directory: Path) -> Any:
+def tokenizer_of(model: Any, plan: Plan, tokenizer_directory: Path) -> Any:
     """The run's tokenizer, whose special tokens the model generates with; `None` for a task without one."""
     if not TASKS[plan.recipe.task].tokens:
         return None
@@ -138,18 +138,23 @@ def _export_adapter(folder: Path, plan: Plan, tokenizer_directory: Path, target:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory) if TASKS[plan.recipe.task].tokens else None
     adapter: Any = model.to(dtype)
     if plan.recipe.adapter is not None and plan.recipe.adapter.is_prompt:
-        _write(adapter, target, tokenizer)
+        write_folder(adapter, target, tokenizer)
         return target
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        _write(adapter, Path(scratch) / "adapter")
+        write_folder(adapter, Path(scratch) / "adapter")
         merged = adapter.merge_and_unload()
         merged.config.use_cache = True
-        _write(merged, target, tokenizer)
+        write_folder(merged, target, tokenizer)
         shutil.copytree(Path(scratch) / "adapter", target / "adapter")
     return target
 
 
-def _write(model: Any, target: Path, tokenizer: Any = None) -> None:
+def write_folder(model: Any, target: Path, tokenizer: Any = None) -> None:
+    """Write a model and its tokenizer into a folder that appears whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         model.save_pretrained(temporary)

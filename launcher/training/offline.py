@@ -1,6 +1,6 @@
 """A checkpoint without its run: measure it, or let it write, in one process."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from launcher.planning.layout import Resources
 from launcher.planning.plan import Plan, make_plan
 from launcher.recipe.layout_sections import ParallelSection, ZeroSection
 from launcher.recipe.tasks import TASKS
-from launcher.tasks import Metrics, Task, make_task
+from launcher.tasks import Metrics, Sample, Task, make_task
 from launcher.training.consolidation import averaged_weights, trained_state_dict, whole_weights
 from launcher.training.evaluation import Evaluation
 from launcher.training.measuring import measure
@@ -63,10 +63,32 @@ def evaluate_checkpoint(
     Raises:
         DataError: there is none.
     """
-    datasets = prepared.split("validation")
+    held_out(prepared)
+    alone, task, model = load_checkpoint(folder, plan, prepared)
+    return measure_alone(alone, task, model, prepared, max_samples)
+
+
+def held_out(prepared: PreparedData) -> Sequence[Sequence[Sample]]:
+    """The samples to measure on.
+
+    Raises:
+        DataError: there are none.
+    """
+    datasets: Sequence[Sequence[Sample]] = prepared.split("validation")
     if not any(len(dataset) for dataset in datasets):
         raise DataError("nothing is held out: the recipe has neither validation_fraction nor validation_sources")
-    alone, task, model = load_checkpoint(folder, plan, prepared)
+    return datasets
+
+
+def measure_alone(
+    alone: Plan, task: Task, model: Any, prepared: PreparedData, max_samples: int | None
+) -> tuple[Evaluation, Metrics]:
+    """Measure a model that `load_checkpoint` has built, in this process.
+
+    Raises:
+        DataError: nothing is held out.
+    """
+    datasets = held_out(prepared)
     section = alone.recipe.evaluation.model_copy(update={"max_eval_samples": max_samples})
     alone = alone.model_copy(update={"recipe": alone.recipe.model_copy(update={"evaluation": section})})
     store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not declare it
@@ -75,6 +97,7 @@ def evaluate_checkpoint(
         return measure(model, task, datasets, alone, 0, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
+        model.eval()
 
 
 def continuations(

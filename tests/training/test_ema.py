@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import read_manifest
+from launcher.data.prepare import prepare
 from launcher.data.store import PreparedData
 from launcher.errors import CheckpointError, ExpectedError, PlanError
 from launcher.planning.methods import with_average
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory, read_json_lines
-from launcher.training.consolidation import averaged_weights, whole_weights
+from launcher.training.consolidation import averaged_weights, trained_state_dict, whole_weights
 from launcher.training.export import export_checkpoint
 from launcher.training.offline import evaluate_checkpoint
 from tests.support.ranks import Ranks
@@ -47,11 +48,11 @@ def evaluated(directory: RunDirectory) -> dict[int, float]:
 
 
 STAGES = [
+    pytest.param(("zero.stage=2",), id="zero2", marks=pytest.mark.matrix),
+    pytest.param(("zero.stage=3",), id="zero3"),
     pytest.param(("zero.stage=0",), id="zero0", marks=pytest.mark.matrix),
     pytest.param(("zero.stage=1", "precision=bf16"), id="zero1-bf16", marks=pytest.mark.matrix),
-    pytest.param(("zero.stage=2",), id="zero2"),
     pytest.param(("zero.stage=2", "zero.offload_optimizer=cpu"), id="zero2-offload", marks=pytest.mark.matrix),
-    pytest.param(("zero.stage=3",), id="zero3"),
     pytest.param(("zero.stage=3", "precision=bf16"), id="zero3-bf16", marks=pytest.mark.matrix),
 ]
 
@@ -149,6 +150,34 @@ def test_a_run_may_begin_to_average_later(two_ranks: Ranks, make_run: MakeRun, p
     own, average = weights_of(after, averaged=False), weights_of(after, averaged=True)
     for name, values in average.items():
         torch.testing.assert_close(values, (before[name] + own[name]) / 2, atol=1e-6, rtol=0)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("stage", ["2", "3", "0"])
+def test_an_adapters_average_is_that_of_its_own_weights(
+    tmp_path: Path, two_ranks: Ranks, model_folder: Path, make_run: MakeRun, prepared: PreparedData, stage: str
+) -> None:
+    directory, plan = make_run(
+        "model.config=null", f"model.model_name_or_path={model_folder}", "tokenizer.train=null", "adapter.method=lora",
+        "max_steps=3", "save_steps=1", "save_total_limit=null", f"zero.stage={stage}", "eval_steps=null",
+        "learning_rate=0.01", "warmup_steps=0", "training.ema={decay: 0.8}",
+    )  # fmt: skip
+    data = prepare(plan.recipe, progress=False)
+    train(two_ranks, directory, data)
+    saved = folders.complete(directory.checkpoints)
+    own, averages = (trained_state_dict(saved[2], int(stage)), [weights_of(path, averaged=True) for path in saved])
+    trained = set(own)
+    assert trained
+    assert all("lora_" in name for name in trained)
+    for name in trained:
+        expected = averages[1][name] * DECAY + own[name] * (1 - DECAY)
+        torch.testing.assert_close(averages[2][name], expected, atol=1e-6, rtol=0)
+    target = export_checkpoint(saved[2], plan, data.tokenizer_directory, tmp_path / "export")
+    exported = load_file(target / "adapter" / "adapter_model.safetensors")
+    assert len(exported) == len(trained)
+    for name, values in exported.items():
+        full = name.replace(".weight", ".default.weight")
+        torch.testing.assert_close(values, averages[2][full], atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
