@@ -26,7 +26,8 @@ Boundary = tuple[int, str, int]
 """Rank, name of the boundary, and the how-manieth time in one save that the rank comes by."""
 POINTS = 30
 EVERY_ASYNCHRONOUS = 3
-"""The files are written as in a synchronous save, whose every boundary is met; of those beside the training, a part."""
+"""The files are written as in a synchronous save, whose every boundary is met; of those beside the training, a part,
+but all with --exhaustive."""
 INTERVAL = 2
 
 
@@ -88,7 +89,13 @@ def record(fork_server: ForkServer, directory: RunDirectory, data: Path, folder:
     ("stage", "asynchronous"), [(1, False), (2, False), (3, False), (2, True)], ids=["1", "2", "3", "2-asynchronous"]
 )
 def test_a_kill_at_any_boundary_of_a_save_loses_one_interval_at_most(
-    stage: int, asynchronous: bool, fork_server: ForkServer, make_run: MakeRun, prepared: PreparedData, tmp_path: Path
+    stage: int,
+    asynchronous: bool,
+    fork_server: ForkServer,
+    make_run: MakeRun,
+    prepared: PreparedData,
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
 ) -> None:
     """Beside the training, that is one interval besides the one in host memory."""
     settings = (f"zero.stage={stage}", f"save_steps={INTERVAL}", "save_total_limit=1", "eval_steps=1000")
@@ -96,7 +103,7 @@ def test_a_kill_at_any_boundary_of_a_save_loses_one_interval_at_most(
     seen, _ = make_run(*settings, f"max_steps={2 * INTERVAL}", name="seen")
     points = record(fork_server, seen, prepared.directory, tmp_path / "points")
     assert len(points) >= POINTS
-    points = points[:: EVERY_ASYNCHRONOUS if asynchronous else 1]
+    points = points[:: EVERY_ASYNCHRONOUS if asynchronous and not pytestconfig.getoption("exhaustive") else 1]
     settings = (*settings, f"max_steps={INTERVAL * (len(points) + 2)}")
     whole, _ = make_run(*settings, name="whole")
     assert all("result" in outcome for outcome in Killed(fork_server, whole, prepared.directory).run({}))
