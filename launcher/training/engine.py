@@ -146,11 +146,12 @@ def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
     if plan.layout.expert_parallel_size > 1:
         upstream.let_auto_ep_capture_outputs()
         groups = upstream.named_groups(groups)
-    engine, _, _, _ = deepspeed.initialize(
-        model=model,
-        model_parameters=groups,
-        lr_scheduler=scheduler_factory(plan.recipe.training, max_steps),
-        config=plan.deepspeed_config,
-        mpu=mpu,
-    )
+    with upstream.sending_scalars():
+        engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=groups,
+            lr_scheduler=scheduler_factory(plan.recipe.training, max_steps),
+            config=plan.deepspeed_config,
+            mpu=mpu,
+        )
     return engine

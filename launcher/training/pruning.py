@@ -53,7 +53,7 @@ def prune_smallest(model: nn.Module, share: float) -> tuple[int, int]:
     chosen = [(layer, "weight") for layer in own if id(layer.weight) not in embeddings]
     prune.global_unstructured(chosen, prune.L1Unstructured, amount=share)
     for layer, name in chosen:
-        prune.remove(layer, name)
+        prune.remove(layer, name)  # type: ignore[no-untyped-call]  # torch does not declare it
     weights: list[torch.Tensor] = [layer.weight for layer, _ in chosen]
     return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
 

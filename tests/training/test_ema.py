@@ -19,6 +19,7 @@ from launcher.run_directory import RunDirectory, read_json_lines
 from launcher.training.consolidation import averaged_weights, trained_state_dict, whole_weights
 from launcher.training.export import export_checkpoint
 from launcher.training.offline import evaluate_checkpoint
+from tests.support.equality import RanksOf
 from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
@@ -111,23 +112,25 @@ def test_the_first_average_is_the_first_weights(two_ranks: Ranks, make_run: Make
         torch.testing.assert_close(values, DECAY * first[name] + (1 - DECAY) * own[name], atol=1e-6, rtol=0)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("2", "3"), pytest.param("3", "0", marks=pytest.mark.matrix), pytest.param("0", "2", marks=pytest.mark.matrix)],
+    [("2 on 1", "3 on 2"), ("3 on 2", "2 on 2"), ("2 on 2", "0 on 1"), ("0 on 1", "2 on 2"), ("3 on 1", "1 on 2")],
 )
 def test_the_average_goes_over_to_another_layout(
-    two_ranks: Ranks, one_rank: Ranks, make_run: MakeRun, prepared: PreparedData, before: str, after: str
+    ranks_of: RanksOf, make_run: MakeRun, prepared: PreparedData, before: str, after: str
 ) -> None:
+    (stage, workers), (next_stage, next_workers) = (map(int, layout.split(" on ")) for layout in (before, after))
     batch = ("gradient_accumulation_steps=null", "global_batch_size=8")
-    first, _ = make_run(*EVERY_STEP, *batch, f"zero.stage={before}")
-    train(two_ranks, first, prepared, stop_after=2)
+    first, _ = make_run(*EVERY_STEP, *batch, f"zero.stage={stage}", workers=workers)
+    train(ranks_of(workers), first, prepared, stop_after=2)
     then = weights_of(folders.complete(first.checkpoints)[-1], averaged=True)
     # With a rate of nothing and a decay of almost 1 the average stays as it was.
     still = ("learning_rate=1e-30", "training.ema.decay=0.9999999", "max_steps=4", "eval_steps=null")
-    second, _ = make_run(*EVERY_STEP, *batch, f"zero.stage={after}", *still, workers=1)
-    train(one_rank, second, prepared)
+    second, _ = make_run(*EVERY_STEP, *batch, f"zero.stage={next_stage}", *still, workers=next_workers)
+    train(ranks_of(next_workers), second, prepared)
     newest = folders.complete(second.checkpoints)[-1]
-    assert (folders.step_of(newest), read_manifest(newest).layout.world_size) == (4, 1)
+    assert (folders.step_of(newest), read_manifest(newest).layout.world_size) == (4, next_workers)
     now = weights_of(newest, averaged=True)
     assert set(now) == set(then)
     for name, values in then.items():

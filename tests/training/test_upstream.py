@@ -12,6 +12,7 @@ import torch
 from deepspeed.runtime import utils
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.lr_schedules import WarmupLR
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
@@ -61,6 +62,12 @@ def test_auto_ep_asks_the_registry_in_a_way_that_transformers_does_not_know() ->
     recorded = output_capturing._CanRecordRegistry()
     with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
         recorded.get("LlamaModel", None)
+
+
+def test_a_model_with_a_scalar_cannot_be_sent_to_the_other_ranks() -> None:
+    assert "dist.broadcast(p.data.view(torch.uint8)" in inspect.getsource(DeepSpeedEngine._broadcast_model)
+    with pytest.raises(RuntimeError, match=r"dim\(\) cannot be 0 to view Float as Byte"):
+        torch.zeros(()).view(torch.uint8)
 
 
 def test_our_registry_answers_both() -> None:
