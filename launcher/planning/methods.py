@@ -43,6 +43,8 @@ def method_problems(
                     where,
                 )
             )
+        if recipe.training.precision == "fp16":
+            problems.append(Problem("is proved in fp32 and bf16: set training.precision to one of them", where))
         for path, usual in _KEPT_ELSEWHERE.items():
             value: Any = deepspeed_config
             for key in path.split("."):

@@ -20,16 +20,12 @@ from launcher.training.evaluation import Evaluation
 from launcher.training.measuring import measure
 
 
-def load_checkpoint(folder: Path, plan: Plan, prepared: PreparedData) -> tuple[Plan, Task, Any]:
-    """Build a checkpoint's model in this process, whole, in fp32; with the averaged weights, where those are used.
+def whole_model(plan: Plan, prepared: PreparedData) -> tuple[Plan, Task, Any]:
+    """Build a plan's model as training begins with it, in this process, whole, in fp32.
 
     Returns:
         The plan for one process, the task and the model, in evaluation mode.
-
-    Raises:
-        CheckpointError: the weights do not fit the plan's model.
     """
-    manifest = read_manifest(folder)
     training = plan.recipe.training.model_copy(
         update={"precision": "fp32", "global_batch_size": None, "gradient_accumulation_steps": None,
                 "micro_batch_size": plan.batch.micro_batch_size, "gradient_checkpointing": False}
@@ -42,6 +38,17 @@ def load_checkpoint(folder: Path, plan: Plan, prepared: PreparedData) -> tuple[P
     )
     task = make_task(alone, prepared.facts)
     model: Any = task.build_model()
+    return alone, task, model.eval()
+
+
+def load_checkpoint(folder: Path, plan: Plan, prepared: PreparedData) -> tuple[Plan, Task, Any]:
+    """Build a checkpoint's model as `whole_model` does; with the averaged weights, where those are used.
+
+    Raises:
+        CheckpointError: the weights do not fit the plan's model.
+    """
+    manifest = read_manifest(folder)
+    alone, task, model = whole_model(plan, prepared)
     averaged = dict(averaged_weights(folder, manifest)) if plan.recipe.training.uses_average else None
     if plan.recipe.adapter is not None:
         state = trained_state_dict(folder, manifest.zero_stage) if averaged is None else averaged
@@ -52,7 +59,7 @@ def load_checkpoint(folder: Path, plan: Plan, prepared: PreparedData) -> tuple[P
     if missing := wanted - set(state):
         raise CheckpointError(f"checkpoint {folder} does not hold the plan's model; missing: {sorted(missing)[:5]}")
     model.load_state_dict({name: values for name, values in state.items() if name in model.state_dict()}, strict=False)
-    return alone, task, model.eval()
+    return alone, task, model
 
 
 def evaluate_checkpoint(

@@ -183,7 +183,8 @@ def test_text_and_pictures_are_no_sounds(tmp_path: Path, sounds: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", ["2", pytest.param("3", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("stage", ["2", "3"])
 def test_the_shipped_recipe_learns_kinds_of_waves(
     tmp_path: Path, two_ranks: Ranks, sounds: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:

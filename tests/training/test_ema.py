@@ -201,6 +201,7 @@ def test_the_plan_counts_its_memory(make_run: MakeRun, two_ranks: Ranks, prepare
     ("overrides", "text"),
     [
         (("zero.stage=0", "precision=bf16"), r"ZeRO stage 0 in bf16 keeps them in a form of its own"),
+        (("zero.stage=2", "precision=fp16"), "is proved in fp32 and bf16"),
         (("parallel.tensor_parallel_size=2", "zero.stage=1"), "is for data parallel runs"),
         (("deepspeed.overrides={data_types: {grad_accum_dtype: fp32}}", "zero.stage=1"), "grad_accum_dtype"),
     ],

@@ -76,6 +76,7 @@ def test_the_loss_is_that_of_transformers(tmp_path: Path, captions: Path) -> Non
     assert ends.tolist() == [1] * 7, "where the text encoder looks"
 
 
+@pytest.mark.matrix
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_two_workers_learn_what_one_process_with_all_pairs_does(

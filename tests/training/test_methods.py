@@ -105,16 +105,12 @@ def test_adversarial_training_is_refused_where_it_is_not_proved(tmp_path: Path) 
         make(tmp_path, "zero.stage=3", training={"adversarial": {"method": "fgm"}})
 
 
-STAGES = [
-    pytest.param(("zero.stage=2", "zero.offload_optimizer=cpu"), id="2-offload", marks=pytest.mark.matrix),
-    pytest.param(("zero.stage=3",), id="3"),
-    pytest.param(("zero.stage=0",), id="0", marks=pytest.mark.matrix),
-    pytest.param(("zero.stage=1",), id="1", marks=pytest.mark.matrix),
-]
+STAGES = [("zero.stage=2", "zero.offload_optimizer=cpu"), ("zero.stage=3",), ("zero.stage=0",), ("zero.stage=1",)]
 
 
+@pytest.mark.matrix
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGES, ids=["2-offload", "3", "0", "1"])
 def test_layers_join_from_the_top_and_are_pulled_to_their_start(
     stage: tuple[str, ...], ranks_of: RanksOf, equality: Equality
 ) -> None:
