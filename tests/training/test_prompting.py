@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], text: str) -> None:
 def test_a_wrong_file_is_refused_with_its_lines(tmp_path: Path) -> None:
     path = tmp_path / "prompts.yaml"
     path.write_text('file: rows.jsonl\ntemplat: "{text}"\nverbalizers: {pos: " good", neg: " good"}\n')
-    with pytest.raises(RecipeError, match="line 2 .*did you mean template"):
+    with pytest.raises(RecipeError, match=r"line 2 .*did you mean template"):
         read_prompts(path)
 
 
