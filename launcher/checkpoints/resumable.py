@@ -12,7 +12,7 @@ from launcher.recipe.loading import differences
 
 FIXED_SECTIONS = ("task", "seed", "model", "tokenizer", "data")
 """Recipe sections that a resumed run must share with its checkpoint; the others (schedule, batch, ...) may change."""
-FREE_FIELDS = ("data.cache_directory", "data.preprocessing_num_workers", "data.on_change")
+FREE_FIELDS = ("data.cache_directory", "data.preprocessing_num_workers", "data.on_change", "model.kernels")
 """Fields in them that change nothing of what is learned."""
 BATCH_FIELDS = tuple(
     f"training.{name}" for name in ("micro_batch_size", "gradient_accumulation_steps", "global_batch_size")

@@ -13,7 +13,9 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
 
 from launcher.errors import ModelError
+from launcher.models.compiling import compile_layers
 from launcher.models.streaming import streamed_weights
+from launcher.models.tiling import tile_loss, tile_mlps
 from launcher.planning.plan import Plan
 from launcher.recipe.tasks import TASKS
 
@@ -75,8 +77,14 @@ def build_model(plan: Plan, auto_class: Any, config: Any = None) -> PreTrainedMo
     except (ValueError, TypeError, ImportError, OSError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ModelError(f"transformers cannot build the model: {type(error).__name__}: {error}") from error
     model.config.use_cache = False
+    if plan.recipe.training.mlp_tiles > 1:
+        tile_mlps(model, plan.recipe.training.mlp_tiles)
+    if plan.recipe.training.loss_tiles > 1:
+        tile_loss(model)
     if plan.recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if plan.recipe.training.torch_compile:
+        compile_layers(model)
     return model
 
 

@@ -30,6 +30,8 @@ class ActivationSettings:
     """What a rank's activations depend on besides the model.
 
     Attributes:
+        mlp_tiles: parts of the sequence over which each MLP is run and, in the backward pass, run again.
+        loss_tiles: the same of head and loss.
         balances_experts: the probabilities of the routers are kept for the load-balancing loss; `None`: as the config's
             `output_router_logits` says.
         packed: several documents in a row, each attending to itself only: a mask of sequence x sequence is made, and
@@ -44,6 +46,8 @@ class ActivationSettings:
     attention: Attention = "sdpa"
     packed: bool = False
     gradient_checkpointing: bool = False
+    mlp_tiles: int = 1
+    loss_tiles: int = 1
     balances_experts: bool | None = None
     tensor_parallel_size: int = 1
     sequence_parallel_size: int = 1
@@ -194,13 +198,16 @@ class ActivationModel:
 
     def _count_layer(self, sparse: bool) -> LayerActivations:
         tokens, hidden, width = self.settings.tokens, self.hidden, self.width
-        full = tokens * (self._norms() + self._attention() + self._mlp(sparse) + self._residual_dropout())
-        backward = tokens * width * (self._widest(sparse) + 3 * hidden)
+        tiles = self.settings.mlp_tiles
+        mlp = self._mlp(sparse)
+        full = tokens * (self._norms() + self._attention() + (mlp if tiles == 1 else 0) + self._residual_dropout())
+        again = tokens * mlp / tiles if tiles > 1 else 0
+        backward = tokens * width * (self._widest(sparse) / tiles + 3 * hidden)
         routed = self._balance() if sparse else 0
         if not self.settings.gradient_checkpointing:
-            return LayerActivations(saved=int(full) + routed, recomputed=0, backward=int(backward))
+            return LayerActivations(saved=int(full) + routed, recomputed=int(again), backward=int(backward))
         saved = tokens * width * hidden + routed
-        return LayerActivations(saved=saved, recomputed=int(full), backward=int(backward))
+        return LayerActivations(saved=saved, recomputed=int(full + again), backward=int(backward))
 
     def _balance(self) -> int:
         """Of a layer with experts; kept under checkpointing too, because the loss is made outside of the layers."""
@@ -227,9 +234,13 @@ class ActivationModel:
             first += settings.tokens * self._mask_bytes() * self.hidden
         log_probabilities = _FP32 * self.vocabulary
         capped = width * self.vocabulary if self.logit_softcap else 0
-        last = settings.tokens * (self._norm(self.hidden, 1) + width * self.hidden + log_probabilities + capped)
+        kept = log_probabilities + capped if settings.loss_tiles == 1 else 0
+        last = settings.tokens * (self._norm(self.hidden, 1) + width * self.hidden + kept)
         # Backward: the gradient of the log-probabilities and that of the logits, each in fp32, beside what is saved.
-        return EdgeActivations(first=int(first), last=int(last), loss=int(settings.tokens * 2 * log_probabilities))
+        loss = 2 * log_probabilities
+        if settings.loss_tiles > 1:
+            loss = (3 * log_probabilities + capped) / settings.loss_tiles + width * self.hidden
+        return EdgeActivations(first=int(first), last=int(last), loss=int(settings.tokens * loss))
 
     def _rotary_dim(self) -> float:
         """Width of the sine and cosine tables; a share of the head where the family turns only a part of it."""

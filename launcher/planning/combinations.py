@@ -16,7 +16,6 @@ from launcher.recipe.schema import Recipe
 
 _ALL_STAGES = frozenset({0, 1, 2, 3})
 _ALL_PRECISIONS = frozenset({"fp32", "bf16", "fp16"})
-_FP16_STAGES = frozenset({1, 2})
 _PIPELINE_STAGES = (
     "DeepSpeed's pipeline refuses stages 2 and 3 (runtime/pipe/engine.py), and under stage 0 clips by a wrong norm, "
     "which leaves out the parameters of all stages but one (runtime/utils.py: clip_grad_norm_)"
@@ -155,12 +154,6 @@ def combination_problems(layout: Layout, zero_stage: int, precision: str, offloa
         problems.append(Problem(f"{message}; set it to {_closest(row.zero_stages, zero_stage)}", "zero.stage"))
     if precision not in row.precisions:
         message = f"is {precision}, but {_named(groups)} is trained by our tests in {_either(row.precisions)} only"
-        problems.append(Problem(message, "training.precision"))
-    elif precision == "fp16" and zero_stage not in _FP16_STAGES:
-        message = (
-            f"is fp16, which our tests train under ZeRO stage {_either(_FP16_STAGES)} only: under 0 and 3 the losses"
-        )
-        message += " or gradient norms were not those of plain PyTorch; set zero.stage, or another precision"
         problems.append(Problem(message, "training.precision"))
     if offloads and not row.offload:
         message = f"no test of ours offloads with {_named(groups)}; leave offload_optimizer and offload_param out"

@@ -19,6 +19,7 @@ from launcher.planning.deepspeed_keys import AUTO, key_problems
 from launcher.planning.json_document import read_json
 from launcher.planning.layout import BatchPlan, Layout
 from launcher.planning.optimizers import OPTIMIZERS
+from launcher.planning.zero_settings import zero_problems
 from launcher.recipe.catalogue import deepspeed_configs_root
 from launcher.recipe.schema import Recipe
 
@@ -102,7 +103,9 @@ def make_deepspeed_config(
         raise PlanError(recipe.name, problems)
     plan = _finish(config, _shown(document))
     told = {problem.where for problem in problems}
-    problems += [problem for problem in _offload_problems(plan) if problem.where not in told]
+    problems += [
+        problem for problem in zero_problems(plan.config["zero_optimization"], layout) if problem.where not in told
+    ]
     if problems:
         raise PlanError(recipe.name, problems)
     return plan
@@ -182,6 +185,9 @@ def _owned_values(recipe: Recipe, layout: Layout, batch: BatchPlan, model_type: 
     if optimizer.type != "adamw":
         # DeepSpeed's ZeRO otherwise accepts Adam and a few others only; our tests are what says that this one is right.
         owned.append(_Owned("zero_allow_untested_optimizer", True, "optimizer.type"))
+    if optimizer.type == "lion":
+        # launcher.training.lion's; DeepSpeed otherwise takes its own compiled ones only, once states are offloaded.
+        owned.append(_Owned("zero_force_ds_cpu_optimizer", False, "optimizer.type"))
     if zero.stage is not None:
         owned.append(_Owned("zero_optimization.stage", zero.stage, "zero.stage"))
     if layout.tensor_parallel_size > 1 and layout.pipeline_parallel_size == 1:
@@ -200,6 +206,9 @@ def _owned_values(recipe: Recipe, layout: Layout, batch: BatchPlan, model_type: 
     if recipe.profiling.flops_step is not None:
         owned.append(_Owned("flops_profiler.enabled", True, "profiling.flops_step"))
         owned.append(_Owned("flops_profiler.profile_step", recipe.profiling.flops_step, "profiling.flops_step"))
+    if zero.hpz_partition_size is not None:
+        path = "zero_optimization.zero_hpz_partition_size"
+        owned.append(_Owned(path, zero.hpz_partition_size, "zero.hpz_partition_size"))
     for name in ("offload_optimizer", "offload_param"):
         device = getattr(zero, name)
         if device is not None:
@@ -253,22 +262,6 @@ def _set_optimizer_kind(params: dict[str, Any]) -> None:
     # torch's fused kernel also runs on CPU: 12 ms against 107 ms for 20 million parameters on one core (torch 2.13).
     if params["torch_adam"] and params.get("fused", AUTO) == AUTO and not params.get("foreach"):
         params["fused"] = True
-
-
-def _offload_problems(plan: DeepSpeedPlan) -> list[Problem]:
-    problems = []
-    for name, device, stages in (
-        ("offload_optimizer", plan.offload_optimizer, (1, 2, 3)),
-        ("offload_param", plan.offload_param, (3,)),
-    ):
-        if device not in ("none", "cpu"):
-            message = f"is {device}, where no test of ours has offloaded anything; set it to cpu"
-            problems.append(Problem(message, f"zero.{name}"))
-        if device != "none" and plan.zero_stage not in stages:
-            wanted = "1, 2 or 3" if len(stages) > 1 else "3"
-            message = f"is {device}, but ZeRO stage {plan.zero_stage} has nothing to offload there; set zero.stage to "
-            problems.append(Problem(message + wanted, f"zero.{name}"))
-    return problems
 
 
 def _clash(path: str, present: Any, value: Any, field: str, recipe: Recipe, document: Document) -> Problem:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import PlanError
 from launcher.planning.accelerators import Accelerator, find_accelerator, find_network
-from launcher.planning.activations import LAYERS, ActivationSettings
+from launcher.planning.activations import BYTES, LAYERS, ActivationSettings
 from launcher.planning.calibration import OURS
 from launcher.planning.deepspeed_config import DeepSpeedPlan
 from launcher.planning.families import list_parameters
@@ -19,6 +19,7 @@ from launcher.planning.model_shape import ModelShape
 from launcher.planning.rank_memory import BufferSettings, RankMemory, activations_known, rank_memory, stage_states
 from launcher.planning.sharding import shard
 from launcher.planning.throughput import Machine, StepTime, Work, step_time
+from launcher.planning.trained import Parts, parts_of
 from launcher.recipe.schema import Recipe
 
 _REDUCED_UNDER_BACKWARD = 0.8
@@ -137,14 +138,20 @@ def estimate_ranks(
     """
     if uncounted_reason(deepspeed.config) is not None or not activations_known(config):
         return None
+    parts = parts_of(recipe, config)
     return tuple(
         rank_memory(
             config,
-            list_parameters(config),
+            parts.parameters,
             layout,
             rank_states(recipe, layout, deepspeed),
-            activation_settings(recipe, layout, batch, deepspeed.config, device),
+            replace(
+                activation_settings(recipe, layout, batch, deepspeed.config, device),
+                micro_batch_size=batch.micro_batch_size * parts.rows,
+            ),
             buffer_settings(deepspeed.config),
+            parts.frozen,
+            _reference_bytes(parts, config, recipe),
         )
     )
 
@@ -153,10 +160,17 @@ def states_by_zero_stage(
     recipe: Recipe, config: Mapping[str, Any], layout: Layout, deepspeed: DeepSpeedPlan
 ) -> dict[int, MemoryPlan]:
     """Model states of the fullest rank under each ZeRO stage, with offload where a stage has something to offload."""
-    stages = shard(list_parameters(config), layout, vocabulary_parallel(deepspeed.config))
+    parts = parts_of(recipe, config)
+    stages = shard(parts.parameters, layout, vocabulary_parallel(deepspeed.config), parts.frozen)
     fullest = max(stages, key=lambda stage: stage.num_parameters)
-    settings = rank_states(recipe, layout, deepspeed)
-    return {stage: stage_states(fullest, settings.with_stage(stage), layout.expert_parallel_size) for stage in range(4)}
+    settings, experts = rank_states(recipe, layout, deepspeed), layout.expert_parallel_size
+    references = _reference_bytes(parts, config, recipe)
+    return {stage: stage_states(fullest, settings.with_stage(stage), experts, references) for stage in range(4)}
+
+
+def _reference_bytes(parts: Parts, config: Mapping[str, Any], recipe: Recipe) -> int:
+    elements = sum(tensor.numel for tensor in list_parameters(config))
+    return parts.references * elements * BYTES[recipe.training.precision]
 
 
 def rank_states(recipe: Recipe, layout: Layout, deepspeed: DeepSpeedPlan) -> StateSettings:
@@ -183,6 +197,8 @@ def activation_settings(
         attention=model.attn_implementation,
         packed=data.packing != "none" and not data.cross_document_attention,
         gradient_checkpointing=training.gradient_checkpointing,
+        mlp_tiles=training.mlp_tiles,
+        loss_tiles=training.loss_tiles,
         balances_experts=None if balance is None else balance > 0,
         tensor_parallel_size=layout.tensor_parallel_size,
         sequence_parallel_size=layout.sequence_parallel_size,

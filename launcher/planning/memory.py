@@ -222,13 +222,7 @@ def _stage_3(parameters: Sequence[ParameterTensor], settings: StateSettings) -> 
     """
     size, ranks = _BYTES[settings.precision], settings.data_parallel_size
     shares = sum(-(-tensor.numel // ranks) for tensor in parameters)
-    persistent = 0
-    for tensor in parameters:
-        together = persistent + tensor.numel
-        if tensor.numel <= settings.persistence_threshold and together <= settings.model_persistence_threshold:
-            persistent = together
-    if ranks == 1 and not settings.offload_param:
-        persistent = 0
+    persistent = _persistent(parameters, settings)
     states = shares * (_FP32 + settings.moments)
     on_host = settings.offload_optimizer
     return MemoryPlan(
@@ -239,6 +233,30 @@ def _stage_3(parameters: Sequence[ParameterTensor], settings: StateSettings) -> 
         host_gradients=shares * (size + _FP32) if on_host else 0,
         host_optimizer=states if on_host else 0,
     )
+
+
+def _persistent(parameters: Sequence[ParameterTensor], settings: StateSettings) -> int:
+    """Elements that stage 3 keeps whole on every rank."""
+    if settings.data_parallel_size == 1 and not settings.offload_param:
+        return 0
+    kept = 0
+    for tensor in parameters:
+        together = kept + tensor.numel
+        if tensor.numel <= settings.persistence_threshold and together <= settings.model_persistence_threshold:
+            kept = together
+    return kept
+
+
+def frozen_bytes(parameters: Sequence[ParameterTensor], settings: StateSettings) -> tuple[int, int]:
+    """Bytes (on the device, on the host) of weights that are only used; stage 3 divides them too."""
+    size, ranks = _BYTES[settings.precision], settings.data_parallel_size
+    if settings.zero_stage < 3:
+        return sum(tensor.numel for tensor in parameters) * size, 0
+    shares = sum(-(-tensor.numel // ranks) for tensor in parameters)
+    whole = _persistent(parameters, settings)
+    if settings.offload_param:
+        return whole * size, shares * size
+    return (whole + shares) * size, 0
 
 
 def parameter_groups(parameters: Iterable[ParameterTensor]) -> list[list[ParameterTensor]]:

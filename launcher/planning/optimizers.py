@@ -74,14 +74,20 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
     "lion": Optimizer(
         "Lion",
+        lambda o: {"betas": ([o.adam_beta1, o.adam_beta2], "optimizer.adam_beta1")},
+        _ALL_STAGES,
+        precisions=frozenset({"fp32", "bf16"}),
+    ),
+    "adamw_8bit": Optimizer(
+        "AdamW8bit",
         lambda o: {},
         frozenset(),
-        "DeepSpeed's is compiled, for GPUs (ops/lion/fused_lion.py) or for offload (cpu_lion.py), and torch has none",
+        "its states are bitsandbytes', whose blocks of 2048 elements ZeRO would cut, and which computes on GPUs",
     ),
 }
 """By `optimizer.type`."""
 
-_EVERYWHERE = ("adamw", "sgd")
+_EVERYWHERE = ("adamw", "sgd", "lion")
 """Those that work on every element by itself, whatever part of the weights a rank holds, and wherever."""
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import PlanError, Problem
 from launcher.planning.combinations import balance_problems, combination_problems, model_problems
+from launcher.planning.compiling import compile_problems
 from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config, with_batch
 from launcher.planning.estimate import StepEstimate, estimate_ranks, estimate_step, machine_of, states_by_zero_stage
 from launcher.planning.fit import Candidate, fit_problems
@@ -35,7 +36,9 @@ from launcher.planning.optimizers import optimizer_problems
 from launcher.planning.rank_memory import RankMemory
 from launcher.planning.search import SearchResult, nothing_fits, search
 from launcher.planning.stages import pipeline_stages
-from launcher.planning.uncounted import uncounted_task_reason
+from launcher.planning.tiling import tiling_problems
+from launcher.planning.uncounted import uncounted_task_reason, unsearched_reason
+from launcher.planning.zero_settings import zero_problems
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tasks import TASKS
 
@@ -116,14 +119,24 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
     elif layout.pipeline_parallel_size > 1:
         message = "a model on the hub is not cut into stages; download it, and name its folder in model_name_or_path"
         problems.append(Problem(message, "parallel.pipeline_parallel_size"))
+    problems += tiling_problems(config or {}, layout, recipe)
+    if deepspeed is not None:
+        problems += compile_problems(config or {}, layout, deepspeed.zero_stage, recipe)
     machine = _collect(problems, machine_of, resources, {})
     accelerator = None if machine is None else machine.accelerator
     if accelerator is not None and resources.device == "cuda" and recipe.training.precision not in accelerator.peak:
         formats = " or ".join(name for name in accelerator.peak if name != "fp8")
         message = f"is {recipe.training.precision}, which {accelerator.name} does not compute in; set it to {formats}"
         problems.append(Problem(message, "training.precision"))
-    counted = uncounted_task_reason(recipe) is None
-    if counted and not problems and deepspeed is not None and config is not None and model_shape(config) is not None:
+    # What is trained in part has activations that are counted too high: nothing is refused for them.
+    reason = uncounted_task_reason(recipe, (config or {}).get("model_type")) or unsearched_reason(recipe)
+    if (
+        reason is None
+        and not problems
+        and deepspeed is not None
+        and config is not None
+        and model_shape(config) is not None
+    ):
         problems += fit_problems(Candidate(recipe, config, layout, batch, deepspeed, resources))
     if problems or deepspeed is None:
         raise PlanError(recipe.name, problems)
@@ -148,8 +161,10 @@ def search_layouts(recipe: Recipe, resources: Resources) -> SearchResult:
     """
     config = check_model(recipe)
     shape = None if config is None else model_shape(config)
-    if reason := uncounted_task_reason(recipe):
+    if reason := uncounted_task_reason(recipe, (config or {}).get("model_type")):
         raise PlanError(recipe.name, [Problem(f"no layout can be chosen: memory is not counted: {reason}", "parallel")])
+    if reason := unsearched_reason(recipe):
+        raise PlanError(recipe.name, [Problem(f"no layout can be chosen: {reason}; leave parallel out", "parallel")])
     if config is None or shape is None:
         reason = "its config is on the hub and is not read here" if config is None else unknown_reason(config)
         message = f"no layout can be chosen without the model, but {reason}; name a folder that holds config.json"
@@ -178,6 +193,8 @@ def replan(plan: Plan, world_size: int) -> Plan:
         raise PlanError(plan.recipe.name, [Problem(message, "training.global_batch_size")])
     layout = plan.layout.model_copy(update={"world_size": world_size, "data_parallel_size": replicas})
     zero = plan.deepspeed_config["zero_optimization"]
+    if problems := zero_problems(zero, layout):
+        raise PlanError(plan.recipe.name, problems)
     deepspeed = DeepSpeedPlan(
         config=with_batch(plan.deepspeed_config, batch),
         source="plan.json",
@@ -198,7 +215,7 @@ def _assemble(
     deepspeed: DeepSpeedPlan,
 ) -> Plan:
     model = model_shape(config) if config is not None and TASKS[recipe.task].generates else None
-    counted = uncounted_task_reason(recipe) is None
+    counted = uncounted_task_reason(recipe, (config or {}).get("model_type")) is None
     by_stage = ranks = step = None
     if counted and config is not None and model is not None and uncounted_reason(deepspeed.config) is None:
         by_stage = states_by_zero_stage(recipe, config, layout, deepspeed)
@@ -242,19 +259,16 @@ def _notes(
             f"the config of {recipe.model.model_name_or_path} is on the hub and is not read here: "
             "parameters, memory and longest sequence are not checked"
         )
-    elif reason := uncounted_task_reason(recipe):
+    elif reason := uncounted_task_reason(recipe, config.get("model_type")):
         notes.append(f"memory is not counted: {reason}")
     elif reason := unknown_reason(config):
         notes.append(f"parameters and memory are not counted: {reason}")
+    elif recipe.adapter is not None or recipe.model.freeze:
+        notes.append("activations are counted as if all of the model were trained: they are less")
     if unread := unread_fields(recipe):
         notes.append(f"model.config: transformers knows no {', '.join(unread)} in this family, and ignores it")
     if reason := uncounted_reason(deepspeed.config):
         notes.append(f"memory is not counted: {reason}")
-    if deepspeed.zero_stage == 0 and recipe.training.precision != "fp32":
-        notes.append(
-            f"ZeRO stage 0 in {recipe.training.precision}: DeepSpeed makes one optimizer step with zero gradients at "
-            "the start, so losses differ a little from plain PyTorch's; stage 1 makes none"
-        )
     if resources.device == "cpu" and recipe.training.precision == "fp16":
         notes.append(
             "fp16 on CPU needs a processor that computes in it (AVX512-FP16 or AMX); DeepSpeed refuses the others"

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launcher.planning.activations import BYTES, LAYERS, ActivationModel, ActivationSettings
 from launcher.planning.layout import Layout
-from launcher.planning.memory import MemoryPlan, StateSettings, memory_plan
+from launcher.planning.memory import MemoryPlan, StateSettings, frozen_bytes, memory_plan
 from launcher.planning.parameters import ParameterTensor
 from launcher.planning.sharding import StageParameters, shard
 
@@ -102,34 +102,36 @@ def rank_memory(
     states: StateSettings,
     activations: ActivationSettings,
     buffers: BufferSettings | None = None,
-    frozen: Sequence[ParameterTensor] = (),
+    frozen: frozenset[str] = frozenset(),
+    references: int = 0,
 ) -> list[RankMemory]:
     """Bytes on the ranks of each pipeline stage.
 
     Args:
         config: a transformers config of a family whose activations are known (`activations.LAYERS`).
-        parameters: those that are trained, in the order of `named_parameters()`.
+        parameters: in the order of `named_parameters()`, those of an adapter too.
         layout: sizes of the groups.
         states: its data-parallel size is that of the layout, times the sequence-parallel one, whose ranks ZeRO counts
             in as well.
         activations: its tensor- and sequence-parallel sizes are those of the layout.
         buffers: DeepSpeed's bucket sizes.
-        frozen: weights that are used and not trained: those under an adapter, a reference model.
+        frozen: names of weights that are used and not trained.
+        references: bytes of models that each rank holds whole besides.
     """
-    stages = shard(parameters, layout, activations.vocabulary_parallel)
-    unused = shard(frozen, layout, activations.vocabulary_parallel) if frozen else [None] * len(stages)
+    stages = shard(parameters, layout, activations.vocabulary_parallel, frozen)
     model = ActivationModel(config, activations)
     return [
-        stage_memory(index, held, _all_states(held, kept, layout, states), model, layout, states, buffers)
-        for index, (held, kept) in enumerate(zip(stages, unused, strict=True))
+        stage_memory(
+            index,
+            held,
+            stage_states(held, states, layout.expert_parallel_size, references),
+            model,
+            layout,
+            states,
+            buffers,
+        )
+        for index, held in enumerate(stages)
     ]
-
-
-def _all_states(
-    held: StageParameters, frozen: StageParameters | None, layout: Layout, settings: StateSettings
-) -> MemoryPlan:
-    states = stage_states(held, settings, layout.expert_parallel_size)
-    return states if frozen is None else _with_frozen(states, frozen, settings)
 
 
 def stage_memory(
@@ -169,22 +171,29 @@ def stage_memory(
     )
 
 
-def stage_states(held: StageParameters, settings: StateSettings, expert_parallel_size: int = 1) -> MemoryPlan:
-    """Model states of a stage's ranks; experts have fewer replicas to divide theirs among."""
+def stage_states(
+    held: StageParameters, settings: StateSettings, expert_parallel_size: int = 1, references: int = 0
+) -> MemoryPlan:
+    """Model states of a stage's ranks; experts have fewer replicas to divide theirs among.
+
+    Args:
+        held: by each of them.
+        settings: stage, precision, sizes and offload.
+        expert_parallel_size: ranks that share experts.
+        references: bytes of models that each rank holds whole besides, whatever the stage and its offload.
+    """
     if expert_parallel_size == 1 or not held.experts:
-        return memory_plan(held.parameters, settings)
-    plan = memory_plan(held.dense, settings)
-    replicas = max(settings.data_parallel_size // expert_parallel_size, 1)
-    experts = memory_plan(held.experts, replace(settings, data_parallel_size=replicas))
-    return MemoryPlan(**{name: getattr(plan, name) + getattr(experts, name) for name in MemoryPlan.model_fields})
-
-
-def _with_frozen(states: MemoryPlan, frozen: StageParameters, settings: StateSettings) -> MemoryPlan:
-    """Add weights that have neither gradients nor optimizer states; stage 3 divides them as well."""
-    whole = settings.data_parallel_size if settings.zero_stage == 3 else 1
-    size = sum(-(-tensor.numel // whole) for tensor in frozen.parameters) * BYTES[settings.precision]
-    name = "host_parameters" if settings.offload_param else "parameters"
-    return states.model_copy(update={name: getattr(states, name) + size})
+        plan = memory_plan(held.parameters, settings)
+    else:
+        plan = memory_plan(held.dense, settings)
+        replicas = max(settings.data_parallel_size // expert_parallel_size, 1)
+        experts = memory_plan(held.experts, replace(settings, data_parallel_size=replicas))
+        plan = MemoryPlan(**{name: getattr(plan, name) + getattr(experts, name) for name in MemoryPlan.model_fields})
+    device, host = frozen_bytes(held.frozen, settings)
+    unused = {
+        "parameters": plan.parameters + device + references, "host_parameters": plan.host_parameters + host
+    }  # fmt: skip
+    return plan.model_copy(update=unused)
 
 
 def _parameter_buffers(held: StageParameters, settings: StateSettings, buffers: BufferSettings) -> tuple[int, int]:
@@ -216,7 +225,7 @@ def _step_buffers(held: StageParameters, settings: StateSettings, buffers: Buffe
     """
     size = BYTES[settings.precision]
     cast = 0 if settings.precision == "fp32" else _FP32
-    elements = held.num_parameters
+    elements = held.num_trained
     if settings.zero_stage == 0:
         return min(elements, buffers.reduce_bucket_size) * size if settings.data_parallel_size > 1 else 0
     if settings.offload_optimizer:

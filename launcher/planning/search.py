@@ -14,6 +14,7 @@ from typing import Any
 from launcher.errors import PlanError, Problem
 from launcher.planning.activations import ActivationModel, ActivationSettings
 from launcher.planning.combinations import COMBINATIONS, Combination, model_problems
+from launcher.planning.compiling import compile_problems
 from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config
 from launcher.planning.estimate import (
     activation_settings,
@@ -28,9 +29,11 @@ from launcher.planning.fit import HOST_USABLE, device_memory, with_checkpointing
 from launcher.planning.layout import BatchPlan, Layout, Resources, divisors, make_batch, make_layout
 from launcher.planning.memory import MemoryPlan, uncounted_reason
 from launcher.planning.model_shape import ModelShape, model_shape
+from launcher.planning.optimizers import optimizer_problems
 from launcher.planning.rank_memory import RankMemory, activations_known, stage_memory, stage_states
 from launcher.planning.sharding import StageParameters, shard
 from launcher.planning.throughput import Machine, StepTime, step_time
+from launcher.planning.tiling import tiling_problems
 from launcher.recipe.layout_sections import ParallelSection
 from launcher.recipe.schema import Recipe
 
@@ -218,10 +221,20 @@ def choices(recipe: Recipe, config: Mapping[str, Any], resources: Resources) -> 
         zeros = list(_zeros(recipe, row, resources.device))
         for layout in _layouts(row, resources.world_size):
             batches = _batches(global_batch, layout)
-            if not batches or model_problems(config, layout, recipe, shape):
+            if not batches or model_problems(config, layout, recipe, shape) or tiling_problems(config, layout, recipe):
                 continue
-            for (stage, optimizer, param), batch, recomputes in product(zeros, batches, recomputations):
+            legal = [zero for zero in zeros if _trains_under(recipe, config, layout, *zero)]
+            for (stage, optimizer, param), batch, recomputes in product(legal, batches, recomputations):
                 yield Choice(layout, stage, optimizer, param, batch, recomputes)
+
+
+def _trains_under(
+    recipe: Recipe, config: Mapping[str, Any], layout: Layout, stage: int, optimizer: str, param: str
+) -> bool:
+    """Whether the recipe's optimizer, and its compiler, go with a stage and its offload."""
+    offloads = (optimizer, param) != ("none", "none")
+    compiles = compile_problems(config, layout, stage, recipe)
+    return not compiles and not optimizer_problems(recipe, layout, stage, offloads)
 
 
 def _layouts(row: Combination, world_size: int) -> Iterator[Layout]:

@@ -28,13 +28,15 @@ class StageParameters:
         first_layer: of the decoder layers of the stage.
         end_layer: one past its last decoder layer.
         has_head: computes logits and loss.
-        parameters: each rank's share of them, in the model's order.
+        parameters: each rank's share of those that are trained, in the model's order.
+        frozen: its share of those that are only used.
     """
 
     first_layer: int
     end_layer: int
     has_head: bool
     parameters: tuple[ParameterTensor, ...]
+    frozen: tuple[ParameterTensor, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -42,9 +44,14 @@ class StageParameters:
         return self.end_layer - self.first_layer
 
     @cached_property
+    def num_trained(self) -> int:
+        """Trained parameters on each rank."""
+        return _numel(self.parameters)
+
+    @cached_property
     def num_parameters(self) -> int:
         """Parameters on each rank."""
-        return _numel(self.parameters)
+        return self.num_trained + _numel(self.frozen)
 
     @cached_property
     def dense(self) -> tuple[ParameterTensor, ...]:
@@ -59,21 +66,24 @@ class StageParameters:
     @cached_property
     def num_sparse_layers(self) -> int:
         """Decoder layers with experts."""
-        return len({layer_of(tensor) for tensor in self.parameters if tensor.role == "expert"})
+        return len({layer_of(tensor) for tensor in (*self.parameters, *self.frozen) if tensor.role == "expert"})
 
     @cached_property
     def largest(self) -> int:
-        """Elements of the largest parameter."""
+        """Elements of the largest trained parameter."""
         return max(tensor.numel for tensor in self.parameters)
 
     @cached_property
     def largest_in_layers(self) -> int:
-        """Elements of the largest parameter of a decoder layer."""
-        return max(tensor.numel for tensor in self.parameters if layer_of(tensor) is not None)
+        """Elements of the largest trained parameter of a decoder layer."""
+        return max((tensor.numel for tensor in self.parameters if layer_of(tensor) is not None), default=0)
 
 
 def shard(
-    parameters: Sequence[ParameterTensor], layout: Layout, vocabulary_parallel: bool = True
+    parameters: Sequence[ParameterTensor],
+    layout: Layout,
+    vocabulary_parallel: bool = True,
+    frozen: frozenset[str] = frozenset(),
 ) -> list[StageParameters]:
     """Divide a model's parameters among pipeline stages and the ranks inside of them.
 
@@ -85,6 +95,7 @@ def shard(
         parameters: of the whole model, in transformers' order.
         layout: sizes of the groups; at most as many stages as there are layers.
         vocabulary_parallel: divide the head (and a tied embedding) as well.
+        frozen: names of those that are not trained.
     """
     tied = all(tensor.role != "head" for tensor in parameters)
     tensors, experts = layout.tensor_parallel_size, layout.expert_parallel_size
@@ -108,7 +119,9 @@ def shard(
         ]
         if is_last and not is_first and tied:
             held += opening[:1]
-        stages.append(StageParameters(first, end, is_last, tuple(held)))
+        trained = tuple(share for share in held if share.name not in frozen)
+        unused = tuple(share for share in held if share.name in frozen)
+        stages.append(StageParameters(first, end, is_last, trained, unused))
     return stages
 
 

@@ -57,10 +57,13 @@ class ZeroSection(Section):
 
     stage: int | None = Field(default=None, ge=0, le=3)
     """0: none; 1: optimizer states; 2: and gradients; 3: and parameters. Default: the DeepSpeed config's, or 2."""
-    offload_optimizer: Literal["none", "cpu"] | None = None
-    """Keep optimizer states in host memory."""
-    offload_param: Literal["none", "cpu"] | None = None
+    offload_optimizer: Literal["none", "cpu", "nvme"] | None = None
+    """Keep optimizer states in host memory; `nvme` is known and refused."""
+    offload_param: Literal["none", "cpu", "nvme"] | None = None
     """Keep parameters in host memory (stage 3)."""
+    hpz_partition_size: int | None = Field(default=None, ge=2)
+    """Of stage 3: each so many workers (those of a node) keep a second copy of the weights among them, from which the
+    backward pass gathers them (ZeRO++, arXiv 2306.10209, section 3.2)."""
 
 
 class DeepSpeedSection(Section):

@@ -17,6 +17,9 @@ class ModelSection(Section):
     `config.json`."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernel, as in transformers; `sdpa` means `eager` for a family that has no `sdpa`."""
+    kernels: Literal["torch", "auto"] = "torch"
+    """`auto`: Liger's fused norms, rotary embeddings and MLPs on a GPU where the package `liger-kernel` is installed,
+    and PyTorch's own elsewhere."""
     freeze: tuple[str, ...] = ()
     """Globs of parameters that are not trained, matched against their names (`*.embeddings.*`; `*`: all)."""
     unfreeze: tuple[str, ...] = ()

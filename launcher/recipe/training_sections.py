@@ -1,8 +1,8 @@
 """Sections of a recipe about what a step is: batches, schedule, precision, optimizer."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from launcher.recipe.section import Section
 
@@ -30,6 +30,15 @@ class EmaSection(Section):
     """Evaluate and export the averaged weights; false: only keep them, for `zerofleet export --ema`."""
 
 
+def _not_fp8(value: Any) -> Any:
+    if value == "fp8":
+        raise ValueError(
+            "fp8 is not trained by a test of ours: it needs a GPU of compute capability 8.9 (Ada, Hopper) or later, "
+            "and Transformer Engine or torchao; set it to bf16"
+        )
+    return value
+
+
 class TrainingSection(Section):
     """Batch sizes, length, schedule and precision."""
 
@@ -43,10 +52,17 @@ class TrainingSection(Section):
     """Micro batches per optimizer step."""
     global_batch_size: int | None = Field(default=None, ge=1)
     """Samples per optimizer step: micro_batch_size x gradient_accumulation_steps x data-parallel size."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(_not_fp8)] = "bf16"
     """Number format of forward and backward; the optimizer's copy of the weights stays fp32."""
+    torch_compile: bool = False
+    """Compile each layer with torch.compile when it first runs: faster steps, after a start of seconds to minutes."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    mlp_tiles: int = Field(default=1, ge=1)
+    """Run each MLP over so many parts of the sequence, one after the other, and again in the backward pass (ALST, arXiv
+    2506.13996): less memory for long sequences."""
+    loss_tiles: int = Field(default=1, ge=1)
+    """The same for output head and loss: the logits of one part at a time."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -86,10 +102,10 @@ class TrainingSection(Section):
 class OptimizerSection(Section):
     """The optimizer and its constants; the learning rate and its schedule stand under `training`."""
 
-    type: Literal["adamw", "sgd", "adafactor", "muon", "lion"] = "adamw"
+    type: Literal["adamw", "sgd", "adafactor", "muon", "lion", "adamw_8bit"] = "adamw"
     """`adamw`: Loshchilov and Hutter, arXiv 1711.05101; `sgd`: stochastic gradient descent with momentum; `adafactor`:
     Shazeer and Stern, arXiv 1804.04235, torch's; `muon`: Jordan et al. 2024, DeepSpeed's, for the matrices of the
-    layers, with AdamW for the rest; `lion` is known and refused."""
+    layers, with AdamW for the rest; `lion`: Chen et al., arXiv 2302.06675; `adamw_8bit` is known and refused."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, decoupled from the gradient but with `sgd`; biases and normalisation weights are not decayed."""
     momentum: float | None = Field(default=None, ge=0, lt=1)
@@ -106,8 +122,8 @@ class OptimizerSection(Section):
     """Decay of the weights towards those that training began with (L2-SP, Li et al., arXiv 1802.01483), decoupled from
     the gradient as weight_decay is; for all that is trained."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    """Decay of the first moment; of `lion`, of the mixture whose sign is taken."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the second moment."""
+    """Decay of the second moment; of `lion`, of the momentum that is kept."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
     """Added to the denominator."""

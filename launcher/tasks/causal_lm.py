@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from launcher.data.examples import ExampleEncoder
 from launcher.models.experts import balance_weight
 from launcher.models.parallel import cross_entropy_sum
+from launcher.models.tiling import tiled_loss_sum
 from launcher.planning.plan import Plan
 from launcher.recipe.schema import Recipe, reads_packed_text
 from launcher.tasks.base import Batch, LossOutput, Sample, Task
@@ -87,8 +88,10 @@ class CausalLanguageModelling(Task):
         """
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
         balances = self.balance > 0 and model.training
+        labels, tiles = batch["labels"], self.plan.recipe.training.loss_tiles
+        if tiles > 1:
+            return LossOutput(tiled_loss_sum(model, inputs, labels, tiles, IGNORED), (labels != IGNORED).sum())
         output = model(**inputs, **({"output_router_logits": True} if balances else {}))
-        labels = batch["labels"]
         num_targets = (labels != IGNORED).sum()
         logits = output.logits[:, -labels.shape[1] :]  # a learnt prompt has positions of its own before the text's
         loss_sum = cross_entropy_sum(model, logits, labels, IGNORED)

@@ -13,6 +13,7 @@ from launcher.models.sequence import spread_sequences
 from launcher.planning.plan import Plan
 from launcher.recipe.training_sections import TrainingSection
 from launcher.training import upstream
+from launcher.training.lion import Lion
 
 DEPTH = "layers_above"
 """Key of a parameter group: so many layers lie above its parameters."""
@@ -126,6 +127,13 @@ def check_precision(precision: str) -> None:
         raise RecipeError.single("training.precision", f"{where} does not compute in {precision}; set it to {fits}")
 
 
+def _own_optimizer(section: dict[str, Any]) -> Callable[[Any], torch.optim.Optimizer] | None:
+    """What makes the optimizer, where DeepSpeed has none that runs on every device; `None`: DeepSpeed makes it."""
+    if section["type"].lower() != "lion":
+        return None
+    return lambda groups: Lion(groups, **section["params"])
+
+
 def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
     """Initialise DeepSpeed on a model, on every rank.
 
@@ -137,7 +145,8 @@ def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
     """
     import deepspeed
 
-    check_precision(plan.recipe.training.precision)
+    precision = plan.recipe.training.precision
+    check_precision(precision)
     mpu = spread_sequences(model, plan.layout, plan.batch) if plan.layout.sequence_parallel_size > 1 else None
     optimizer, rate = plan.recipe.optimizer, plan.recipe.training.learning_rate
     groups = parameter_groups(model, optimizer.weight_decay)
@@ -150,8 +159,13 @@ def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
         engine, _, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=groups,
+            optimizer=_own_optimizer(plan.deepspeed_config["optimizer"]),
             lr_scheduler=scheduler_factory(plan.recipe.training, max_steps),
             config=plan.deepspeed_config,
             mpu=mpu,
         )
+    if precision != "fp32" and plan.zero_stage == 0:
+        upstream.forget_the_dummy_step(engine)
+    if precision == "fp16":
+        upstream.mend_the_loss_scale(engine, plan.zero_stage)
     return engine

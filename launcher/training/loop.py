@@ -11,6 +11,7 @@ import torch.distributed as dist
 from launcher.data.loader import BatchLoader, Collate, StepBatch
 from launcher.data.sampler import GlobalOrder
 from launcher.data.store import PreparedData
+from launcher.models.compiling import use_kernels
 from launcher.planning.layout import Coordinates
 from launcher.planning.plan import Plan
 from launcher.run_directory import append_json_line, read_json_lines
@@ -143,7 +144,10 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
     samples = sum(len(dataset) for dataset in prepared.split("train"))
     max_steps = total_steps(plan.recipe.training, samples, plan.batch.global_batch_size)
     torch.manual_seed(plan.recipe.seed)
-    engine = build_engine(plan, task.build_model(), max_steps)
+    model = task.build_model()
+    if (notice := use_kernels(model, plan, device)) and context.rank == 0:
+        heartbeat.notify(notice)
+    engine = build_engine(plan, model, max_steps)
     heartbeat.enter(Phase.LOAD)
     average, ema = None, plan.recipe.training.ema
     if ema is not None:

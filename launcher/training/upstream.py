@@ -116,6 +116,50 @@ def leave_out_frozen_aliases(engine: Any) -> None:
     engine.module_state_dict = module_state_dict
 
 
+def forget_the_dummy_step(engine: Any) -> None:
+    """Undo the optimizer step that DeepSpeed makes while it is built, under ZeRO 0 in 16 bit.
+
+    `runtime/fp16/unfused_optimizer.py: initialize_optimizer_states` steps with zero gradients, to have the states
+    allocated: weights are decayed once, and Adam's bias correction begins at its second step, which put losses off by
+    2.5e-2.
+    """
+    engine.optimizer.refresh_fp32_params()
+    engine.optimizer.optimizer.state.clear()
+
+
+def mend_the_loss_scale(engine: Any, zero_stage: int) -> None:
+    """Multiply fp16's losses by the scale that their gradients are divided by, and let it grow between two steps.
+
+    `step` first doubles the scale (`_update_scale`) and then divides the gradients by it (`unscale_and_clip_grads`), so
+    that gradients too small to be clipped were halved in that step, under every stage, and the norm that stage 3 tells
+    (`runtime/zero/stage_1_and_2.py`, `runtime/zero/stage3.py`, `runtime/fp16/unfused_optimizer.py`; known from
+    https://github.com/deepspeedai/DeepSpeed/pull/8588). Stage 0 never scales the loss (`runtime/engine.py: backward`
+    asks ZeRO's optimizers only) and divides all the same: by 65,536 at the start.
+    """
+    optimizer = engine.optimizer
+    step, update, backward = optimizer.step, optimizer._update_scale, engine.backward
+    held: list[bool] = []
+
+    def hold(overflow: bool) -> None:
+        if overflow:
+            update(overflow)
+        else:
+            held.append(overflow)
+
+    def step_then_grow(*args: Any, **kwargs: Any) -> None:
+        scale = optimizer.loss_scale
+        step(*args, **kwargs)
+        if zero_stage == 0 and not optimizer.overflow:
+            optimizer._global_grad_norm /= scale
+        while held:
+            update(held.pop())
+
+    optimizer._update_scale = hold
+    optimizer.step = step_then_grow
+    if zero_stage == 0:
+        engine.backward = lambda loss, **kwargs: backward(loss * optimizer.loss_scale, **kwargs)
+
+
 def step_and_norm(engine: Any, zero_stage: int, precision: str, optimizer: str) -> float | None:
     """Make the engine's optimizer step and return the global gradient norm before clipping.
 

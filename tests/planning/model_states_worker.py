@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from launcher.models.build import build_model
 from launcher.planning.plan import Plan
-from launcher.tasks.causal_lm import CausalLanguageModelling
+from launcher.tasks import make_task
 from launcher.training.distributed import join_process_group
 from launcher.training.engine import build_engine
 from launcher.training.passes import own_part
@@ -43,9 +41,12 @@ def all_live() -> Storages:
     return storages(thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
 
 
-def weights(engine: Any) -> Storages:
+def weights(engine: Any, task: Any) -> Storages:
     zero = engine.optimizer
     parameters = list(engine.module.parameters())
+    reference = getattr(task, "_copy", None)
+    if reference is not None:
+        parameters += reference.parameters()
     tensors = [parameter.data for parameter in parameters]
     tensors += [parameter.ds_tensor.data for parameter in parameters if hasattr(parameter, "ds_tensor")]
     for name in ("fp16_partitioned_groups_flat", "param_groups_fp16_flat_cpu_memory"):
@@ -62,7 +63,7 @@ def master_weights(engine: Any) -> list[torch.Tensor]:
     return [tensor for group in groups for tensor in group] + [t for name in names for t in getattr(zero, name, [])]
 
 
-def gradients(engine: Any) -> Storages:
+def gradients(engine: Any, task: Any) -> Storages:
     zero = engine.optimizer
     tensors = [parameter.grad for parameter in engine.module.parameters()]
     tensors += [tensor.grad for tensor in master_weights(engine)]
@@ -74,20 +75,20 @@ def gradients(engine: Any) -> Storages:
     return storages(tensors)
 
 
-def optimizer_states(engine: Any) -> Storages:
+def optimizer_states(engine: Any, task: Any) -> Storages:
     zero = engine.optimizer
     states = getattr(zero, "optimizer", zero).state.values()
     moments = [value for state in states for value in state.values()]
     return storages([*(tensor.data for tensor in master_weights(engine)), *moments])
 
 
-def measure(engine: Any, before: Storages) -> dict[str, int]:
+def measure(engine: Any, task: Any, before: Storages) -> dict[str, int]:
     """Bytes of each kind; `other` is what none of them explains."""
     seen: Storages = dict(before)
     result = {}
     kinds = {"parameters": weights, "gradients": gradients, "optimizer": optimizer_states}
     for name, kind in kinds.items():
-        new = {address: size for address, size in kind(engine).items() if address not in seen}
+        new = {address: size for address, size in kind(engine, task).items() if address not in seen}
         result[name] = sum(new.values())
         seen |= new
     result["other"] = sum(size for address, size in all_live().items() if address not in seen)
@@ -97,11 +98,12 @@ def measure(engine: Any, before: Storages) -> dict[str, int]:
 def run(plan: Plan) -> dict[str, int]:
     """Measure after the first forward pass of the second step, and after its backward pass."""
     before = all_live()
-    engine = build_engine(plan, build_model(plan, AutoModelForCausalLM), max_steps=4)
-    task = CausalLanguageModelling(plan, {})
+    task = make_task(plan, {"pad_token_id": 0})
+    engine = build_engine(plan, task.build_model(), max_steps=4)
     accumulation = plan.batch.gradient_accumulation_steps
     place = plan.layout.coordinates(int(os.environ["RANK"]))
-    cut = own_part(lambda _: two_documents(plan), plan.layout, place)
+    make = two_answers if plan.recipe.task == "preference" else two_documents
+    cut = own_part(lambda _: make(plan), plan.layout, place)
     for micro_step in range(accumulation + 1):
         torch.manual_seed(micro_step)  # tensor-parallel ranks see the same tokens
         batch = cut([])
@@ -115,7 +117,7 @@ def run(plan: Plan) -> dict[str, int]:
         engine.backward(output.loss_sum)
         del output
         if micro_step == accumulation:
-            result = measure(engine, before)
+            result = measure(engine, task, before)
         engine.step()
     engine.destroy()
     return {**result, "activations": activations, "gathered": gathered}
@@ -128,6 +130,14 @@ def two_documents(plan: Plan) -> dict[str, torch.Tensor]:
     documents = 1 if plan.recipe.data.packing == "none" else 2
     positions = (torch.arange(shape[1]) % (shape[1] // documents)).repeat(shape[0], 1)
     return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+def two_answers(plan: Plan) -> dict[str, torch.Tensor]:
+    """A micro batch of pairs, whose first half are prompts."""
+    shape = (2 * plan.batch.micro_batch_size, plan.recipe.data.sequence_length)
+    labels = torch.randint(1, 64, shape)
+    labels[:, : shape[1] // 2] = -100
+    return {"input_ids": torch.randint(1, 64, shape), "labels": labels}
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from launcher.models.tiling import tile_loss, tile_mlps, tiled_loss_sum
 from launcher.planning.activations import LAYERS, ActivationModel, ActivationSettings
 from launcher.planning.families import FAMILIES, list_parameters
 from tests.support.live_storages import LiveStorages
@@ -44,6 +45,10 @@ def measure(config: dict[str, Any], wanted: ActivationSettings) -> tuple[int, in
     model = model.to(DTYPES[wanted.precision]).train()
     if wanted.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if wanted.mlp_tiles > 1:
+        tile_mlps(model, wanted.mlp_tiles)
+    if wanted.loss_tiles > 1:
+        tile_loss(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # so that gradients are no news to the count
     shape, length = (wanted.micro_batch_size, wanted.sequence_length), wanted.sequence_length
@@ -64,6 +69,8 @@ def _loss(
 ) -> torch.Tensor:
     """As `launcher.tasks.causal_lm` computes it."""
     inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    if wanted.loss_tiles > 1:
+        return tiled_loss_sum(model, inputs, labels, wanted.loss_tiles, -100)
     output = model(**inputs, **({"output_router_logits": True} if wanted.balances_experts else {}))
     logits = output.logits.float().flatten(0, 1)
     loss = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
@@ -115,6 +122,26 @@ def test_other_batches_and_shapes(name: str, changes: dict[str, Any]) -> None:
     planned_kept, planned_peak = planned(config, wanted)
     assert planned_kept == pytest.approx(kept, rel=0.02)
     assert planned_peak >= 0.97 * peak
+
+
+TILED = {
+    "mlps": {"mlp_tiles": 4},
+    "loss": {"loss_tiles": 4},
+    "both-checkpointing": {"mlp_tiles": 4, "loss_tiles": 4, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", TILED)
+def test_parts_of_the_sequence_keep_less(name: str, precision: str) -> None:
+    wanted = replace(PLAIN, precision=precision, sequence_length=128, **TILED[name])
+    config = small("llama", intermediate_size=300, vocab_size=2000)
+    kept, peak = measure(config, wanted)
+    planned_kept, planned_peak = planned(config, wanted)
+    assert planned_kept == pytest.approx(kept, rel=0.02)
+    assert planned_peak >= 0.97 * peak
+    whole = planned(config, replace(wanted, mlp_tiles=1, loss_tiles=1))
+    assert planned_peak < whole[1]
 
 
 @pytest.mark.parametrize("changes", [{"precision": "fp32"}, {"gradient_checkpointing": True}])

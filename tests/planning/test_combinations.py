@@ -111,7 +111,7 @@ def test_offload_goes_with_data_parallelism_alone(make_recipe: MakeRecipe, offlo
 def test_offload_to_nvme_is_not_proved(make_recipe: MakeRecipe) -> None:
     nvme = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}}}
     recipe = make_recipe({"zero.stage": 3, "deepspeed.overrides": nvme})
-    refused(recipe, "zero.offload_optimizer: is nvme, where no test of ours has offloaded anything; set it to cpu")
+    refused(recipe, "zero.offload_optimizer: is nvme, from where no run of ours has gone on: DeepSpeed copies")
 
 
 def test_experts_that_do_not_divide(make_recipe: MakeRecipe) -> None:
@@ -171,9 +171,3 @@ def test_only_language_models_balance_their_routers(make_recipe: MakeRecipe) -> 
 def test_conversations_are_data_parallel(make_recipe: MakeRecipe) -> None:
     with pytest.raises(ValueError, match=r"data\.format chat makes batches of different lengths"):
         make_recipe({"parallel.pipeline_parallel_size": 2, "data.format": "chat"})
-
-
-@pytest.mark.parametrize("stage", [0, 3])
-def test_fp16_wants_zero_1_or_2(make_recipe: MakeRecipe, stage: int) -> None:
-    recipe = make_recipe({"training.precision": "fp16", "zero.stage": stage})
-    refused(recipe, "training.precision: is fp16, which our tests train under ZeRO stage 1 or 2 only")

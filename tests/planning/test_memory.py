@@ -94,11 +94,34 @@ CASES: dict[str, dict[str, Any]] = {
             ("qwen2", "tensor", "zero0-fp32-eager", {"zero.stage": 0, **FP32, **EAGER}),
             ("mistral", "tensor", "zero2-bf16-checkpointing", {"zero.stage": 2, **CHECKPOINTING}),
             ("llama", "tensor", "zero3-bf16", {"zero.stage": 3}),
-            # Last, and only one: its groups stay for the life of a process.
+            # Last of the layouts, and only one: its groups stay for the life of a process.
             ("llama", "sequence", "zero2-fp32", {"zero.stage": 2, **FP32}),
         )
     },
 }
+
+
+LORA = {"adapter": {"method": "lora", "r": 8}}
+FREEZE = {"model.freeze": ["*embed*", "*.layers.0.*"], "model.unfreeze": ["*.layers.0.mlp.*"]}
+PAIRS = {"task": "preference", "data.packing": "none"}
+IN_PART: dict[str, dict[str, Any]] = {
+    "lora-zero2-bf16": {"zero.stage": 2, **LORA},
+    "lora-zero3-fp32": {"zero.stage": 3, **FP32, **LORA},
+    "dora-zero1-bf16-offload": {
+        "zero.stage": 1, "zero.offload_optimizer": "cpu",
+        "adapter": {"method": "dora", "target_modules": ["q_proj", "o_proj", "down_proj"]},
+    },
+    "lora-zero0-bf16": {"zero.stage": 0, **LORA},
+    "frozen-zero2-fp32": {"zero.stage": 2, **FP32, **FREEZE},
+    "frozen-zero3-bf16-offload": {
+        "zero.stage": 3, "zero.offload_optimizer": "cpu", "zero.offload_param": "cpu", **FREEZE
+    },
+    "dpo-zero2-bf16": {"zero.stage": 2, **PAIRS},
+    "dpo-zero3-fp32": {"zero.stage": 3, **FP32, **PAIRS},
+    "dpo-lora-zero1-bf16": {"zero.stage": 1, **LORA, **PAIRS},
+    "simpo-zero2-fp32": {"zero.stage": 2, **FP32, **PAIRS, "preference": {"method": "simpo"}},
+}  # fmt: skip
+"""Models of which a part is trained, or beside which another one is held."""
 
 
 def measured_plan(make_recipe: MakeRecipe, changes: dict[str, Any]) -> Plan:
@@ -152,7 +175,8 @@ def measured(
 ) -> dict[str, tuple[Plan, dict[str, int]]]:
     """For each case that is tested, the plan and the bytes on the fullest of two real ranks."""
     tested = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
-    cases = {name: changes for name, changes in CASES.items() if name in tested}
+    # Those in part first: groups of a sequence-parallel run stay for the life of a process.
+    cases = {name: changes for name, changes in {**IN_PART, **CASES}.items() if name in tested}
     plans = [measured_plan(make_recipe, changes) for changes in cases.values()]
     by_rank = run_ranks(tmp_path_factory.mktemp("model-states"), plans)
     fullest = [{kind: max(ranks[0][kind], ranks[1][kind]) for kind in ranks[0]} for ranks in zip(*by_rank, strict=True)]
@@ -188,6 +212,28 @@ def test_the_plan_is_what_two_real_ranks_hold(measured: dict[str, tuple[Plan, di
         assert plan.model is not None
         buffers += 2 * plan.model.vocab_size * plan.model.hidden_size * bytes_each
     assert found["other"] <= buffers + 0.02 * sum(planned.values())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", IN_PART)
+def test_what_is_trained_in_part_or_beside_a_reference(
+    measured: dict[str, tuple[Plan, dict[str, int]]], name: str
+) -> None:
+    """The states to 2 %; activations are counted as if all of the model were trained."""
+    plan, found = measured[name]
+    memory = plan.memory
+    assert memory is not None
+    planned = {
+        "parameters": memory.parameters + memory.host_parameters,
+        "gradients": memory.gradients + memory.host_gradients,
+        "optimizer": memory.optimizer + memory.host_optimizer,
+    }
+    for kind, bytes_planned in planned.items():
+        assert bytes_planned == pytest.approx(found[kind], rel=0.02, abs=4 * 40), kind
+    assert plan.ranks is not None
+    (rank,) = plan.ranks
+    assert rank.activations >= 0.98 * found["activations"]
+    assert found["gathered"] <= rank.buffers
 
 
 def test_enough_pairs_of_model_and_layout_are_measured() -> None:

@@ -40,10 +40,11 @@ ADAFACTOR = {**FP32, "optimizer.type": "adafactor", "zero.stage": 0}
             {**MUON, "zero": {"stage": 1, "offload_optimizer": "cpu"}, "training.max_grad_norm": 0},
             "muon is not offloaded by a test of ours; leave zero.offload_optimizer out",
         ),
+        ({"optimizer.type": "lion", "training.precision": "fp16"}, "lion is trained by our tests in bf16 or fp32 only"),
         (
-            {"optimizer.type": "lion"},
-            "lion is not trained by a test of ours: DeepSpeed's is compiled, for GPUs (ops/lion/fused_lion.py) or for "
-            "offload (cpu_lion.py), and torch has none; set it to one of adamw, sgd, adafactor, muon",
+            {"optimizer.type": "adamw_8bit"},
+            "adamw_8bit is not trained by a test of ours: its states are bitsandbytes', whose blocks of 2048 elements "
+            "ZeRO would cut, and which computes on GPUs; set it to one of adamw, sgd, adafactor, muon, lion",
         ),
     ],
     ids=lambda value: "" if isinstance(value, str) else ",".join(str(item) for item in value.values()),

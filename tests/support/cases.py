@@ -89,6 +89,19 @@ def forget_groups() -> None:
     gc.collect()
 
 
+def compiled_graphs() -> int:
+    """How many graphs torch's compiler has made in this process."""
+    counted: int = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return counted
+
+
+def compile_no_more() -> None:
+    """Turn torch's compiler off again, as it is in these processes from the start."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    torch._dynamo.config.disable = True
+    torch._dynamo.reset()
+
+
 def _stop_at(context: WorkerContext, step: int) -> None:
     heartbeat = context.heartbeat
     enter = heartbeat.enter

@@ -54,7 +54,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }
 """Small mixtures of experts; one of them with a shared expert, one with a dense layer."""
 
-_OF_THE_LAYOUT = {"micro_batch_size", "gradient_checkpointing"}
+_OF_THE_LAYOUT = {"micro_batch_size", "gradient_checkpointing", "mlp_tiles", "loss_tiles"}
 """Settings that change nothing of what is learned."""
 
 

@@ -110,6 +110,8 @@ def make_optimizers(model: torch.nn.Module, section: Any, learning_rate: float) 
         optimizers = [torch.optim.SGD(groups, lr=peak, momentum=section.momentum or 0.0)]
     elif section.type == "adafactor":
         optimizers = [torch.optim.Adafactor(groups, lr=peak)]
+    elif section.type == "lion":
+        optimizers = [PlainLion(groups, {"lr": peak, "betas": (section.adam_beta1, section.adam_beta2)})]
     else:
         betas = (section.adam_beta1, section.adam_beta2)
         optimizers = [torch.optim.AdamW(groups, lr=peak, betas=betas, eps=section.adam_epsilon)]
@@ -119,6 +121,21 @@ def make_optimizers(model: torch.nn.Module, section: Any, learning_rate: float) 
         momentum = 0.95 if section.momentum is None else section.momentum
         optimizers.append(Muon(matrices, learning_rate, section.weight_decay, momentum))
     return optimizers
+
+
+class PlainLion(torch.optim.Optimizer):
+    """Chen et al. 2023, arXiv 2302.06675, algorithm 2, letter by letter."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for theta in group["params"]:
+                g, state = theta.grad, self.state[theta]
+                m = state.get("m", torch.zeros_like(theta))
+                c = b1 * m + (1 - b1) * g
+                theta.copy_(theta - group["lr"] * (torch.sign(c) + group["weight_decay"] * theta))
+                state["m"] = b2 * m + (1 - b2) * g
 
 
 class Muon(torch.optim.Optimizer):

@@ -3,6 +3,7 @@
 bf16 has 8 significant bits, fp16 has 11: one rounding is off by up to 0.4 % and 0.05 %. Losses are near 5.
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from launcher.checkpoints import folders
 from launcher.training.checkpoint_files import read_state
-from tests.support.equality import MIXTURES, Equality, RanksOf
+from tests.support.equality import MIXTURES, STEPS, Equality, RanksOf
 from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.matrix
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.matrix
 BF16 = {"loss": 2e-2, "norm": 5e-2}
 FP16 = {"loss": 2e-3, "norm": 1e-2}
 SIXTEEN_BITS = {
+    "zero 0": ("zero.stage=0",),
     "zero 1": ("zero.stage=1",),
     "zero 2": ("zero.stage=2",),
     "zero 3": ("zero.stage=3",),
@@ -38,15 +40,45 @@ def test_bf16(layout: str, ranks_of: RanksOf, equality: Equality) -> None:
     equality.check(ranks_of(2), *settings, model=model, data_parallel=data_parallel, **BF16)
 
 
+GROWING = "deepspeed.overrides={fp16: {initial_scale_power: 8, loss_scale_window: 5}}"
+"""The scale of the losses doubles after 5, 10 and 15 steps."""
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp16_with_a_loss_scale_that_grows(
     stage: int, ranks_of: RanksOf, equality: Equality, fp16_on_any_cpu: None
 ) -> None:
-    scale = "deepspeed.overrides={fp16: {initial_scale_power: 8, loss_scale_window: 5}}"
-    directory, _ = equality.check(ranks_of(2), "precision=fp16", f"zero.stage={stage}", scale, **FP16)
-    # It doubles after 5, 10 and 15 steps.
-    assert _loss_scale(folders.complete(directory.checkpoints)[-1]) == 2.0**11
+    directory, _ = equality.check(ranks_of(2), "precision=fp16", f"zero.stage={stage}", GROWING, **FP16)
+    assert _loss_scale(folders.complete(directory.checkpoints)[-1], stage) == 2.0**11
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [3, 0, 1, 2])
+def test_fp16_whose_gradients_are_not_clipped(
+    stage: int, ranks_of: RanksOf, equality: Equality, fp16_on_any_cpu: None
+) -> None:
+    """Clipping, and Adam, would hide a gradient that is divided by another scale than it was multiplied by."""
+    sgd = ("optimizer.type=sgd", "max_grad_norm=0", "learning_rate=0.1")
+    equality.check(ranks_of(2), "precision=fp16", f"zero.stage={stage}", GROWING, *sgd, **FP16)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp16_halves_a_loss_scale_that_is_too_large_and_leaves_the_step_out(
+    stage: int, ranks_of: RanksOf, equality: Equality, fp16_on_any_cpu: None
+) -> None:
+    huge = "deepspeed.overrides={fp16: {initial_scale_power: 24, hysteresis: 1, loss_scale_window: 1000}}"
+    settings = ("precision=fp16", f"zero.stage={stage}", huge, "warmup_steps=0", "data.sequence_length=32")
+    directory, plan, records = equality.run(ranks_of(2), equality.model(), *settings)
+    norms = [record["grad_norm"] for record in records]
+    left_out = sum(norm is None or not math.isfinite(norm) for norm in norms)
+    assert 0 < left_out < STEPS - 5
+    assert _loss_scale(folders.complete(directory.checkpoints)[-1], stage) == 2.0 ** (24 - left_out)
+    plain = equality.reference(equality.model(), plan)[1]
+    # The weights were still the first ones when the first step that counts was made.
+    assert records[0]["loss"] == pytest.approx(plain.losses[0], abs=FP16["loss"])
+    assert records[-1]["loss"] < records[0]["loss"] - 0.3
 
 
 @pytest.mark.distributed
@@ -58,7 +90,9 @@ def test_fp16_is_refused_where_the_processor_does_not_compute_in_it(one_rank: Ra
     assert one_rank.call("cases:refusal_of_precision", precision="fp16", supported=True) == [None]
 
 
-def _loss_scale(checkpoint: Path) -> float:
+def _loss_scale(checkpoint: Path, stage: int) -> float:
+    if stage == 0:
+        return float(read_state(checkpoint / "mp_rank_00_model_states.pt")["optimizer"]["cur_scale"])
     state = read_state(next(checkpoint.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")))["optimizer_state_dict"]
     scaler = state["loss_scaler"]
     assert isinstance(scaler, DynamicLossScaler)

@@ -12,6 +12,9 @@ from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.matrix
 
+SMALL = ("deepspeed.overrides={zero_optimization: {stage3_param_persistence_threshold: 0}}",)
+"""Nothing is so small that it stays whole."""
+
 MakeRun = Callable[..., tuple[RunDirectory, Plan]]
 
 
@@ -20,6 +23,15 @@ MakeRun = Callable[..., tuple[RunDirectory, Plan]]
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_zero(stage: int, size: int, ranks_of: RanksOf, equality: Equality) -> None:
     equality.check(ranks_of(size), f"zero.stage={stage}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_second_copies_of_the_weights_inside_of_a_node(precision: str, ranks_of: RanksOf, equality: Equality) -> None:
+    """hpZ: two of the four workers gather from each other in the backward pass."""
+    rounding = {"loss": 2e-2, "norm": 5e-2} if precision == "bf16" else {}
+    settings = ("zero.stage=3", "zero.hpz_partition_size=2", f"precision={precision}", *SMALL)
+    equality.check(ranks_of(4), *settings, **rounding)
 
 
 @pytest.mark.distributed

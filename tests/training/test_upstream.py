@@ -13,9 +13,12 @@ from deepspeed.runtime import utils
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.lr_schedules import WarmupLR
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from transformers.utils import output_capturing
 
 from launcher.training.upstream import _ByNameOrModel
@@ -39,6 +42,30 @@ def test_its_warm_up_begins_with_two_steps_of_no_learning_rate() -> None:
         schedule.step()
     assert rates[:2] == [0.0, 0.0]
     assert rates[2] > 0
+
+
+def test_the_loss_scale_grows_before_gradients_are_divided_by_it() -> None:
+    """What `mend_the_loss_scale` is for (https://github.com/deepspeedai/DeepSpeed/pull/8588)."""
+    updates = {
+        FP16_UnfusedOptimizer: "self._update_scale(",
+        DeepSpeedZeroOptimizer: "self._update_scale(",
+        DeepSpeedZeroOptimizer_Stage3: "self._loss_scale_update_and_overflow_cleanup()",
+    }
+    for kind, update in updates.items():
+        step = inspect.getsource(kind).partition("    def step(self, closure=None)")[2]  # some are wrapped
+        assert 0 < step.index(update) < step.index("self.unscale_and_clip_grads("), kind
+
+
+def test_stage_0_does_not_scale_the_loss() -> None:
+    source = inspect.getsource(deepspeed.DeepSpeedEngine).partition("    def backward(self, loss")[2]
+    asked = source.index("if isinstance(self.optimizer, ZeROOptimizer):")
+    assert asked < source.index("self.optimizer.scale_if_loss(loss)") < source.index("loss.backward(**")
+    assert not issubclass(FP16_UnfusedOptimizer, ZeROOptimizer)
+
+
+def test_stage_0_in_16_bit_steps_before_the_first_step() -> None:
+    """What `forget_the_dummy_step` is for."""
+    assert "self.optimizer.step()" in inspect.getsource(FP16_UnfusedOptimizer.initialize_optimizer_states)
 
 
 def test_a_pipeline_refuses_stages_2_and_3() -> None:

@@ -1,0 +1,62 @@
+"""What of ZeRO's own settings goes with what: offload, and the second copies and short numbers of ZeRO++."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from launcher.errors import Problem
+from launcher.planning.layout import Layout, divisors
+
+OFFLOADS = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
+"""What may lie outside of the device, and under which stages there is something to lie there."""
+
+QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+"""qwZ and qgZ of ZeRO++ (arXiv 2306.10209), whose kernels DeepSpeed has for GPUs only."""
+
+
+def zero_problems(zero: Mapping[str, Any], layout: Layout) -> list[Problem]:
+    """Say what of a resolved `zero_optimization` no test of ours has trained with; empty when all is well."""
+    stage: int = zero["stage"]
+    return [*_offload_problems(zero, stage), *_hpz_problems(zero, stage, layout), *_quantized_problems(zero)]
+
+
+def _offload_problems(zero: Mapping[str, Any], stage: int) -> list[Problem]:
+    problems = []
+    for name, stages in OFFLOADS.items():
+        device = (zero.get(name) or {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            message = (
+                f"is {device}, from where no run of ours has gone on: DeepSpeed copies swap files beside a checkpoint, "
+                "and neither another layout nor export reads them (runtime/engine.py: save_checkpoint); set it to cpu"
+            )
+            problems.append(Problem(message, f"zero.{name}"))
+        if device != "none" and stage not in stages:
+            wanted = "1, 2 or 3" if len(stages) > 1 else "3"
+            message = f"is {device}, but ZeRO stage {stage} has nothing to offload there; set zero.stage to {wanted}"
+            problems.append(Problem(message, f"zero.{name}"))
+    return problems
+
+
+def _hpz_problems(zero: Mapping[str, Any], stage: int, layout: Layout) -> list[Problem]:
+    size: int = zero.get("zero_hpz_partition_size", 1)
+    if size <= 1:
+        return []
+    messages = []
+    if stage != 3:
+        messages.append(f"is {size}, but ZeRO stage {stage} keeps whole weights anyway; set zero.stage to 3")
+    if layout.data_parallel_size < layout.world_size or layout.expert_parallel_size > 1:
+        messages.append("is trained by our tests in data parallel runs only; leave parallel out")
+    elif layout.data_parallel_size % size:
+        fits = ", ".join(str(each) for each in divisors(layout.data_parallel_size) if each > 1)
+        messages.append(f"is {size}, which does not divide {layout.data_parallel_size} workers; sizes that do: {fits}")
+    if (zero.get("offload_param") or {}).get("device", "none") != "none":
+        messages.append("goes with no offload_param in a test of ours; leave one of them out")
+    return [Problem(message, "zero.hpz_partition_size") for message in messages]
+
+
+def _quantized_problems(zero: Mapping[str, Any]) -> list[Problem]:
+    reason = "quantises on GPUs only (op_builder/quantizer.py), where no test of ours has run it; remove it"
+    return [
+        Problem(f"zero_optimization.{name} {reason}", "deepspeed")
+        for name in QUANTIZED
+        if zero.get(name) not in (None, False)
+    ]
