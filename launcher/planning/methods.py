@@ -14,6 +14,7 @@ _KEPT_ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "zero_optimization.offload_optimizer.device": ("none", "cpu"),
     "zero_optimization.offload_param.device": ("none", "cpu"),
     "zero_optimization.zenflow": (None,),
+    "zero_optimization.zero_hpz_partition_size": (1,),
 }
 """DeepSpeed's keys with which there is no fp32 copy in its usual place -> the values with which there is."""
 
