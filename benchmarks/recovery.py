@@ -1,9 +1,10 @@
 """From the SIGKILL of one of two workers to the first step of both again: ours against torchrun and Ray Train.
 
 Every arm trains the same small model on the same batches with DeepSpeed and a checkpoint now and then. A worker, drawn
-by the seed, is killed at a moment drawn by the seed, again and again, in one long run an arm.
+by the seed, is killed at a moment drawn by the seed, again and again. An arm that does not recover within two minutes
+has failed to; it is started anew for the next kill.
 
-    zerofleet warm   spare workers wait
+    zerofleet warm   spare workers wait; the kill waits for them, as failures are hours apart
     zerofleet cold   fault_tolerance.warm_workers is false
     torchrun         --max-restarts
     ray train        TorchTrainer with a FailureConfig
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -28,9 +30,12 @@ from common import BIN, HERE, WORKERS, Bench, Setting, Spread
 
 ARMS = ("zerofleet warm", "zerofleet cold", "torchrun", "ray train")
 SAVE_STEPS = 50
-RECOVERY_TIMEOUT_S = 240.0
-SPARES_S = 30.0
-"""How long after a recovery the next kill waits at least in all arms, so that spares are there where there are any."""
+RECOVERY_TIMEOUT_S = 120.0
+POLL_S = 0.01
+LEDGER_S = 6.0
+"""After which our driver has written what the last recovery was spent on."""
+SETTLE_S = (4.0, 8.0)
+"""How long an arm trains at least before each kill: drawn from between these."""
 
 
 class Arm:
@@ -39,32 +44,42 @@ class Arm:
     Args:
         bench: recipe and job.
         name: of the arm.
+        number: how often it was started before.
     """
 
-    def __init__(self, bench: Bench, name: str) -> None:
-        self.folder = bench.folder / name.replace(" ", "_")
+    def __init__(self, bench: Bench, name: str, number: int) -> None:
+        self.name = name
+        self.folder = bench.folder / f"{name.replace(' ', '_')}_{number}"
         self.folder.mkdir()
+        self.log = bench.folder / f"{self.folder.name}.log"
         self.ours = name.startswith("zerofleet")
+        self.records = self.folder / ("metrics.jsonl" if self.ours else "records.jsonl")
         if self.ours:
-            warm = str(name == "zerofleet warm").lower()
-            overrides: tuple[str, ...] = (
-                "max_steps=1000000",
-                f"save_steps={SAVE_STEPS}",
-                "max_restarts=1000",
-                "logging_steps=1",
+            warm = ("warm_workers=true", "warm_workers_after_seconds=1")
+            overrides = (
+                *(warm if name == "zerofleet warm" else ("warm_workers=false",)),
+                *("max_steps=1000000", f"save_steps={SAVE_STEPS}", "logging_steps=1"),
+                *("max_restarts=1000", "exclude_node_after=null"),
             )
-            overrides += (f"warm_workers={warm}", "warm_workers_after_seconds=1", "exclude_node_after=null")
-            self.command = [str(BIN / "zerofleet"), "run", str(bench.recipe), *overrides, "--run-dir", str(self.folder)]
-            self.records = self.folder / "metrics.jsonl"
+            command = [str(BIN / "zerofleet"), "run", str(bench.recipe), *overrides, "--run-dir", str(self.folder)]
         else:
             job = bench.folder / f"{self.folder.name}.json"
             job.write_text(json.dumps({**bench.job, "folder": str(self.folder), "save_steps": SAVE_STEPS}))
-            self.records = self.folder / "records.jsonl"
             script = str(HERE / "recover_train.py")
             torchrun = [str(BIN / "torchrun"), "--standalone", f"--nproc-per-node={WORKERS}", "--max-restarts=1000"]
-            self.command = (
+            command = (
                 [*torchrun, script, str(job)] if name == "torchrun" else [sys.executable, script, str(job), "--ray"]
             )
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, env=bench.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def end(self) -> None:
+        """End the run and all that it started."""
+        if self.process.poll() is None:
+            process = psutil.Process(self.process.pid)
+            common.end_processes([process, *process.children(recursive=True)])
 
     def last_record(self) -> dict[str, Any]:
         """The newest step that rank 0 wrote."""
@@ -82,11 +97,23 @@ class Arm:
         found = common.read_records(path) if path.exists() else []
         return [event for event in found if event["state"] == state]
 
-    def pid(self, rank: int) -> int:
-        """Of a rank's process now."""
+    def pids(self) -> list[int]:
+        """Of the ranks' processes now."""
         if self.ours:
-            return int(self.events("running")[-1]["workers"][rank]["pid"])
-        return int((self.folder / f"pid_{rank}").read_text())
+            return [int(worker["pid"]) for worker in self.events("running")[-1]["workers"]]
+        return [int((self.folder / f"pid_{rank}").read_text()) for rank in range(WORKERS)]
+
+    def is_ready(self) -> bool:
+        """Whether as many spares wait as there are workers, where there are any."""
+        if self.name != "zerofleet warm":
+            return True
+        warm = {log for log in (self.folder / "logs").glob("spare_*") if "warm" in log.read_text()}
+        waiting = {int(log.stem.rpartition("_")[2]) for log in warm} - set(self.pids())
+        return sum(psutil.pid_exists(pid) for pid in waiting) >= WORKERS
+
+    def attempt(self) -> object:
+        """What tells this attempt from another one."""
+        return len(self.events("running")) if self.ours else self.last_record().get("pid")
 
     def steps_since(self, attempt: object) -> bool:
         """Whether a step was made by another attempt than this one."""
@@ -96,47 +123,75 @@ class Arm:
         running = self.events("running")
         return len(running) > int(str(attempt)) and bool(record["time"] > running[-1]["time"])
 
-    def attempt(self) -> object:
-        """What tells this attempt from another one."""
-        return len(self.events("running")) if self.ours else self.last_record().get("pid")
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        """Poll often.
+
+        Raises:
+            RuntimeError: the run ended, or takes too long.
+        """
+        deadline = time.monotonic() + RECOVERY_TIMEOUT_S
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"no {what}; the log ends with\n{self.log.read_text(errors='replace')[-2000:]}")
+            time.sleep(POLL_S)
+
+    def kill(self, victim: int) -> dict[str, float]:
+        """Kill a rank; returns seconds to the next step of all, and to our notice.
+
+        Raises:
+            RuntimeError: there was none.
+        """
+        attempt = self.attempt()
+        killed = time.time()
+        os.kill(self.pids()[victim], signal.SIGKILL)
+        self.wait(lambda: self.steps_since(attempt), "recovery")
+        figure = {"seconds": time.time() - killed, "rank": float(victim)}
+        if self.ours:
+            figure["noticed"] = self.events("recovering")[-1]["failed_at"] - killed
+        return figure
+
+    def parts(self) -> dict[str, float]:
+        """Where our recoveries' time went: seconds each."""
+        from launcher.orchestration.journal import read_account
+        from launcher.run_directory import RunDirectory
+
+        found = read_account(RunDirectory(self.folder))
+        count = max(1, len(found.incidents))
+        return {name: seconds / count for name, seconds in found.seconds.items() if name.startswith("recovery")}
 
 
-def wait(condition: Any, what: str, process: subprocess.Popen[bytes]) -> None:
-    """Poll often; raises when the run ends or takes too long."""
-    deadline = time.monotonic() + RECOVERY_TIMEOUT_S
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"no {what}")
-        time.sleep(0.02)
-
-
-def kill_again_and_again(bench: Bench, name: str, kills: int, seed: int) -> list[dict[str, float]]:
-    """Run one arm; returns a figure for each kill: seconds to the first step, and ours to notice."""
-    arm, dice, figures = Arm(bench, name), random.Random(seed), []
-    with (bench.folder / f"{arm.folder.name}.log").open("wb") as log:
-        process = subprocess.Popen(
-            arm.command, env=bench.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
+def kill_again_and_again(bench: Bench, name: str, kills: int, seed: int) -> dict[str, Any]:
+    """Run one arm; returns a figure for each kill that it recovered from."""
+    dice = random.Random(seed)
+    figures: list[dict[str, float]] = []
+    arm: Arm | None = None
+    parts: dict[str, float] = {}
+    for number in range(kills):
+        victim, pause = dice.randrange(WORKERS), dice.uniform(*SETTLE_S)
         try:
-            wait(lambda: arm.last_record()["step"] >= SAVE_STEPS + 5, "first steps", process)
-            for number in range(kills):
-                time.sleep(SPARES_S + dice.uniform(0, 5))
-                attempt, victim = arm.attempt(), dice.randrange(WORKERS)
-                killed = time.time()
-                os.kill(arm.pid(victim), signal.SIGKILL)
-                wait(lambda attempt=attempt: arm.steps_since(attempt), f"recovery {number}", process)
-                first = time.time()
-                figure = {"seconds": first - killed, "rank": float(victim)}
-                if arm.ours:
-                    figure["noticed"] = arm.events("recovering")[-1]["failed_at"] - killed
-                figures.append(figure)
-                print(f"{name} {number + 1}/{kills}: {figure}", file=sys.stderr)
+            if arm is None:
+                arm = Arm(bench, name, number)
+                arm.wait(lambda arm=arm: arm.last_record()["step"] >= SAVE_STEPS + 5, "first steps")
+            time.sleep(pause)
+            arm.wait(arm.is_ready, "spares")
+            figures.append(arm.kill(victim))
+            print(f"{name} {number + 1}/{kills}: {figures[-1]}", file=sys.stderr)
         except RuntimeError as error:
-            print(f"{name}: {error} after {len(figures)} recoveries", file=sys.stderr)
-        finally:
-            children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            common.end_processes([*([psutil.Process(process.pid)] if process.poll() is None else []), *children])
-    return figures
+            print(f"{name} {number + 1}/{kills}: {error}", file=sys.stderr)
+            if arm is not None:
+                arm.end()
+            arm = None
+    if arm is not None:
+        if arm.ours:
+            time.sleep(LEDGER_S)
+            parts = arm.parts()
+        arm.end()
+    found: dict[str, Any] = {"recovered": len(figures), "figures": figures, "parts": parts}
+    if figures:
+        found["seconds"] = asdict(Spread.of([figure["seconds"] for figure in figures]))
+    if figures and arm is not None and arm.ours:
+        found["noticed"] = asdict(Spread.of([figure["noticed"] for figure in figures]))
+    return found
 
 
 def measure(setting: Setting, kills: int, seed: int, arms: tuple[str, ...]) -> dict[str, Any]:
@@ -144,13 +199,7 @@ def measure(setting: Setting, kills: int, seed: int, arms: tuple[str, ...]) -> d
     result: dict[str, Any] = {"machine": common.machine(), "setting": asdict(setting), "kills": kills, "arms": {}}
     with common.bench(setting, initial_weights=False) as bench:
         for arm in arms:
-            figures = kill_again_and_again(bench, arm, kills, seed)
-            found: dict[str, Any] = {"recovered": len(figures), "figures": figures}
-            if figures:
-                found["seconds"] = asdict(Spread.of([figure["seconds"] for figure in figures]))
-            if figures and "noticed" in figures[0]:
-                found["noticed"] = asdict(Spread.of([figure["noticed"] for figure in figures]))
-            result["arms"][arm] = found
+            result["arms"][arm] = kill_again_and_again(bench, arm, kills, seed)
     return result
 
 
@@ -164,6 +213,10 @@ def print_table(result: dict[str, Any]) -> None:
         noticed = f", noticed after {Spread(**found['noticed']).text('.2f')} s" if "noticed" in found else ""
         seconds = Spread(**found["seconds"]).text(".2f")
         print(f"  {arm:<18}{found['recovered']}/{result['kills']} recovered, first step after {seconds} s{noticed}")
+        if found["parts"]:
+            print(
+                "    " + ", ".join(f"{name.partition(': ')[2]} {spent:.2f}" for name, spent in found["parts"].items())
+            )
     machine = result["machine"]
     print(f"{machine['cores']} cores, load {machine['load_average']:.1f} before; torch {machine['torch']}, "
           f"deepspeed {machine['deepspeed']}, ray {machine['ray']}")  # fmt: skip

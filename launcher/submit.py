@@ -17,7 +17,8 @@ from cluster.backends import backend_for
 from cluster.profile import Profile
 from cluster.types import JobRecord, JobRequest, JobState
 from launcher.errors import ExpectedError
-from launcher.orchestration.driver import completed_summary, connect, drive, read_plan
+from launcher.orchestration.connecting import connect
+from launcher.orchestration.driver import completed_summary, drive, read_plan
 from launcher.orchestration.observers import Observer
 from launcher.orchestration.run_lock import holding
 from launcher.planning.layout import Resources

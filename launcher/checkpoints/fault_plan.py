@@ -69,7 +69,7 @@ def _consider(mark: Path, entry: dict[str, Any], step: int) -> None:
         if wanted is None or wanted <= step < wanted + entry.get("steps", math.inf):
             time.sleep(entry["seconds"])
     elif (wanted is None or step == wanted) and _first(mark):
-        _do(mark, entry["fault"])
+        _do(mark, entry)
 
 
 def _first(mark: Path) -> bool:
@@ -81,7 +81,8 @@ def _first(mark: Path) -> bool:
     return True
 
 
-def _do(mark: Path, fault: str) -> None:
+def _do(mark: Path, entry: dict[str, Any]) -> None:
+    fault = entry["fault"]
     if fault == "sigkill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault == "sigstop":
@@ -89,7 +90,7 @@ def _do(mark: Path, fault: str) -> None:
     elif fault == "exit":
         os._exit(1)
     elif fault == "exception":
-        raise InjectedError("the plan of faults asks for an exception")
+        raise InjectedError(f"the plan of faults asks for an exception in {entry['point']}")
     elif fault == "memory":
         bytearray(1 << 62)
     elif fault == "mark":

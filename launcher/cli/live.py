@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.cli.plan_text import beside_lines
 from launcher.orchestration.progress import Pace, progress_line, readable_seconds
-from launcher.orchestration.supervisor import GroupStatus, RunState
+from launcher.orchestration.states import GroupStatus, RunState
 from launcher.run_directory import RunDirectory
 
 if TYPE_CHECKING:

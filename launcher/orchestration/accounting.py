@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from launcher.orchestration.supervisor import RunState
+from launcher.orchestration.states import RunState
 from launcher.training.context import STEP_PHASES, Beat, Phase
 
 INTERRUPTED = "interrupted"

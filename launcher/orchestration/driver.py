@@ -5,40 +5,31 @@ Replay any job by hand: ``RAY_ADDRESS=... python -m launcher.orchestration.drive
 
 import json
 import os
-import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from cluster.types import PHASES_VARIABLE, STOP_FILE_VARIABLE
-from launcher.checkpoints import fault_plan, folders
+from cluster.types import PHASES_VARIABLE
+from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import read_manifest
 from launcher.checkpoints.remote import RemoteCheckpoints, fetch_newest
 from launcher.checkpoints.resumable import check_resumable, recipe_changes, with_batch_of
 from launcher.errors import ExpectedError, ResourceError, RunDirectoryError, TrainingError
-from launcher.orchestration.elastic import Elastic
+from launcher.orchestration.connecting import connect
 from launcher.orchestration.failure import FailureKind
 from launcher.orchestration.journal import Journal
 from launcher.orchestration.mirror import Mirror
-from launcher.orchestration.observers import JobObserver, Notices, Observer
-from launcher.orchestration.policy import FailurePolicy
+from launcher.orchestration.observers import JobObserver, Observer
 from launcher.orchestration.run_lock import holding
-from launcher.orchestration.supervisor import RunState, Supervisor
+from launcher.orchestration.states import RunState
+from launcher.orchestration.supervision import supervise
+from launcher.orchestration.supervisor import Supervisor
 from launcher.planning.plan import Plan
 from launcher.run_directory import RunDirectory, write_atomically
-
-CONNECT_TIMEOUT_S = 60.0
-
-NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""What Slurm, Kubernetes and clouds send some time before they take a machine away."""
-SIGNAL_ECHO_S = 2.0
-"""A second SIGTERM this soon is the first one by another way: Slurm may send it to every process of a job."""
 
 
 def read_plan(run_directory: RunDirectory) -> Plan:
@@ -104,7 +95,7 @@ def drive(
         _preflight(plan, run_directory, observer)
     try:
         with _mirroring(remote, plan, run_directory, observer):
-            supervisor = _supervise(plan, run_directory, observer, journal, saved_step)
+            supervisor = supervise(plan, run_directory, observer, journal, saved_step)
     finally:
         journal.close()
     if supervisor.state is RunState.FAILED:
@@ -219,145 +210,6 @@ def _preflight(plan: Plan, run_directory: RunDirectory, observer: Observer) -> N
     errors = [str(finding) for finding in found.findings if finding.level == "error"]
     if errors:
         raise ResourceError("\n".join([*errors, "(fault_tolerance.preflight: false starts the run nevertheless)"]))
-
-
-def connect(check_alive: Callable[[], None]) -> None:
-    """Join the Ray cluster in RAY_ADDRESS, waiting for one that is just starting.
-
-    Args:
-        check_alive: raises when the cluster's head is known to have ended.
-
-    Raises:
-        ResourceError: there is no address, or nothing answers.
-    """
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        raise ResourceError("RAY_ADDRESS is not set: the driver joins a Ray cluster and starts none")
-    host, _, port = address.rpartition(":")
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    while not _answers(host, port, address):
-        _pause_before(deadline, check_alive, f"no Ray cluster answers at RAY_ADDRESS={address}")
-    import ray
-
-    while True:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
-            return
-        except ConnectionError as error:
-            # A head listens a moment before it is ready, and says then what it says to a stranger.
-            _pause_before(
-                deadline, check_alive, f"the Ray cluster at RAY_ADDRESS={address} refuses the driver: {error}"
-            )
-        except (RuntimeError, ValueError) as error:
-            raise ResourceError(f"the Ray cluster at RAY_ADDRESS={address} refuses the driver: {error}") from error
-
-
-def _pause_before(deadline: float, check_alive: Callable[[], None], problem: str) -> None:
-    """Wait a moment before the next try.
-
-    Raises:
-        ResourceError: the deadline has passed.
-    """
-    check_alive()
-    if time.monotonic() > deadline:
-        raise ResourceError(f"{problem} (tried for {CONNECT_TIMEOUT_S:.0f} s)")
-    time.sleep(0.1)
-
-
-def _answers(host: str, port: str, address: str) -> bool:
-    """Whether something listens there; looked at first because `ray.init` itself waits for minutes without a word."""
-    if not host or not port.isdigit():
-        raise ResourceError(f"RAY_ADDRESS={address} is not of the form HOST:PORT")
-    try:
-        socket.create_connection((host, int(port)), timeout=2).close()
-    except OSError:
-        return False
-    return True
-
-
-def _supervise(
-    plan: Plan,
-    run_directory: RunDirectory,
-    observer: Observer,
-    journal: Journal,
-    saved_step: int,
-) -> Supervisor:
-    from launcher.orchestration.worker_group import GroupShape, WorkerGroup
-
-    shape = GroupShape(
-        nodes=plan.resources.nodes,
-        workers_per_node=plan.resources.workers_per_node,
-        cpus_per_worker=plan.resources.cpus_per_worker,
-        device=plan.resources.device,
-        environment={name: os.environ[name] for name in plan.resources.environment_names if name in os.environ}
-        | fault_plan.environment(),
-        warm=plan.resources.device == "cpu" and plan.recipe.fault_tolerance.warm_workers,
-        warm_after_seconds=plan.recipe.fault_tolerance.warm_workers_after_seconds,
-    )
-    elastic = Elastic(plan, run_directory) if plan.resources.min_nodes is not None else None
-    group = WorkerGroup(run_directory, shape, elastic)
-    policy = FailurePolicy(plan.recipe.fault_tolerance)
-
-    def on_event(state: RunState, facts: dict[str, Any]) -> None:
-        if state is RunState.RUNNING:
-            facts = {**facts, "workers": [_whereabouts(rank, place) for rank, place in enumerate(group.placements)]}
-        journal.look(supervisor.status)
-        journal.event(state, facts)
-        if state in (RunState.RECOVERING, RunState.FAILED) and supervisor.failure_text:
-            observer.message(supervisor.failure_text)
-
-    supervisor = Supervisor(
-        group, policy, time.monotonic, time.sleep, on_event, saved_step, on_straggler=journal.straggler
-    )
-    try:
-        with _interrupts(supervisor, observer, plan.recipe.fault_tolerance.save_before_end_seconds):
-            stop_file = os.environ.get(STOP_FILE_VARIABLE)
-            grace = plan.recipe.fault_tolerance.save_before_end_seconds
-            notices = Notices(observer)
-            while not supervisor.step().is_final:
-                notices.show(supervisor.attempt, supervisor.status)
-                observer.progress(supervisor.status)
-                journal.look(supervisor.status)
-                if stop_file is not None and Path(stop_file).exists():
-                    supervisor.request_stop("the job's time is over, or it was asked to stop", grace)
-            notices.show(supervisor.attempt, supervisor.status)
-            observer.progress(supervisor.status)
-    finally:
-        group.close()
-    return supervisor
-
-
-def _whereabouts(rank: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """Where a rank runs, for people and for tools that look at processes."""
-    return {"rank": rank, "hostname": facts["hostname"], "address": facts["address"], "pid": facts["pid"]}
-
-
-@contextmanager
-def _interrupts(supervisor: Supervisor, observer: Observer, grace_seconds: float) -> Iterator[None]:
-    """First Ctrl-C or notice: save and end at the next step. Second Ctrl-C or SIGTERM: end at once.
-
-    SIGTERM, SIGUSR1 and SIGUSR2 announce that the machine will be taken away; so what is not saved within the grace
-    time is given up, and the run goes on later from what is.
-    """
-    first: float | None = None
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        name = signal.Signals(number).name
-        if first is not None:
-            if number in NOTICES and (number != signal.SIGTERM or time.monotonic() - first < SIGNAL_ECHO_S):
-                return
-            raise KeyboardInterrupt
-        first = time.monotonic()
-        supervisor.request_stop(name, grace_seconds if number in NOTICES else None)
-        observer.message(f"{name}: stopping; the workers save after this step (interrupt again to end at once)")
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, *NOTICES)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _summary(

@@ -11,7 +11,7 @@ from launcher.orchestration.accounting import ATTEMPT_ENDS, INTERRUPTED, STRAGGL
 from launcher.orchestration.detection import Straggler
 from launcher.orchestration.goodput_board import GoodputBoard
 from launcher.orchestration.observers import Observer
-from launcher.orchestration.supervisor import GroupStatus, RunState
+from launcher.orchestration.states import GroupStatus, RunState
 from launcher.run_directory import RunDirectory, append_json_line, read_json_lines, write_atomically
 
 LEDGER_INTERVAL_S = 5.0

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from cluster.types import PHASES_VARIABLE
 from launcher.orchestration.progress import Pace, phase_table, progress_line, render_phases
-from launcher.orchestration.supervisor import GroupStatus, RunState
+from launcher.orchestration.states import GroupStatus, RunState
 from launcher.run_directory import RunDirectory, write_atomically
 
 PROGRESS_FILE_INTERVAL_S = 1.0

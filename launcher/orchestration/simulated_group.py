@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher.orchestration.detection import Hang
 from launcher.orchestration.failure import Failure, FailureKind
-from launcher.orchestration.supervisor import GroupStatus
+from launcher.orchestration.states import GroupStatus
 from launcher.training.context import Beat, Phase
 
 DAY = 86_400.0

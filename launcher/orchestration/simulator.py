@@ -9,7 +9,8 @@ from typing import Any
 from launcher.orchestration.accounting import ATTEMPT_ENDS, Account, Ledger, account
 from launcher.orchestration.policy import FailurePolicy
 from launcher.orchestration.simulated_group import DAY, Recorder, Scenario, SimulatedGroup, VirtualClock
-from launcher.orchestration.supervisor import RunState, Supervisor
+from launcher.orchestration.states import RunState
+from launcher.orchestration.supervisor import Supervisor
 from launcher.recipe.run_sections import FaultToleranceSection
 
 INTERVAL_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)

@@ -4,26 +4,21 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launcher.checkpoints import folders
-from launcher.errors import ResourceError
 from launcher.orchestration.detection import Hang
 from launcher.orchestration.elastic import Elastic
 from launcher.orchestration.failure import Failure, FailureKind
 from launcher.orchestration.node_tasks import answering, collect, end_silent
-from launcher.orchestration.supervisor import GroupStatus
+from launcher.orchestration.placing import GroupShape, fitting_nodes, reserve
+from launcher.orchestration.states import GroupStatus
 from launcher.orchestration.warm_pool import WarmPool
 from launcher.orchestration.worker import Placement, Worker
 from launcher.run_directory import RunDirectory
@@ -37,41 +32,10 @@ ANSWER_TIMEOUT_S = 0.2
 JOIN_TIMEOUT_S = 120.0
 LEAVING_INTERVAL_S = 5.0
 """Between two questions which nodes are being drained."""
-PLACEMENT_TIMEOUT_S = 30.0
-"""How long to wait for resources that the cluster has but that others hold at the moment."""
+NODE_LIVES = "Worker exit type"
+"""What Ray says of a worker whose node lived to report its end."""
 GRACE_S = 5.0
 """How long workers that have ended their training may take to end their process."""
-
-
-@dataclass(frozen=True)
-class GroupShape:
-    """What a worker group asks of Ray.
-
-    Attributes:
-        nodes: nodes to spread over.
-        workers_per_node: ranks on each.
-        cpus_per_worker: CPUs of each rank.
-        device: `cuda` asks one GPU a rank.
-        environment: set in every worker.
-        warm: keep spare workers.
-        warm_after_seconds: of training, before they are started.
-    """
-
-    nodes: int
-    workers_per_node: int
-    cpus_per_worker: float
-    device: str
-    environment: dict[str, str]
-    warm: bool = False
-    warm_after_seconds: float = 0.0
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """Resources of one node's ranks together."""
-        bundle = {"CPU": self.cpus_per_worker * self.workers_per_node}
-        if self.device == "cuda":
-            bundle["GPU"] = float(self.workers_per_node)
-        return bundle
 
 
 class WorkerGroup:
@@ -126,13 +90,11 @@ class WorkerGroup:
         self.shape = replace(self.shape, nodes=nodes)
 
     def _present(self) -> list[dict[str, Any]]:
-        """The nodes that can hold their share. One on which a worker died is asked first whether it is still there.
+        """The nodes that can hold their share. One that may have gone with a worker is asked first whether it is there.
 
         Ray takes seconds to declare a node dead, and an attempt that counts on it would wait for it in vain.
         """
         nodes = fitting_nodes(self.shape)
-        if self.elastic is None:
-            return nodes
         known = {node["NodeID"] for node in nodes}
         self._doubtful &= known
         answered = answering(sorted(self._doubtful)) if self._doubtful else set()
@@ -146,15 +108,11 @@ class WorkerGroup:
             ResourceError: the cluster does not have what the profile asks for.
         """
         self._beats, self._failures, self._results, self.placements = {}, [], {}, []
-        check_cluster(self.shape)
-        self._group = self._reserve(avoid)
-        self._actors = self._hire(self._group)
-        try:
-            self.placements = ray.get(
-                [actor.join.remote(rank) for rank, actor in enumerate(self._actors)], timeout=JOIN_TIMEOUT_S
-            )
-        except (RayActorError, GetTimeoutError) as error:
-            self._failures = [self._died(0, f"a worker did not start: {error}")]
+        self._group = reserve(self.shape, avoid, self._doubtful)
+        nodes = placement_group_table(self._group)["bundles_to_node_id"]
+        where = [nodes[rank // self.shape.workers_per_node] for rank in range(self.world_size)]
+        self._actors = self._hire(self._group, where)
+        if not self._join(where):
             return
         starts = [
             actor.start.remote(placement, self.shape.device, self.shape.environment)
@@ -163,17 +121,35 @@ class WorkerGroup:
         self._waits = {actor.wait.remote(): rank for rank, actor in enumerate(self._actors)}
         del starts  # a failing start ends the actor or leaves its thread unstarted; wait() and poll() show it
 
-    def _hire(self, group: PlacementGroup) -> list[Any]:
+    def _join(self, where: Sequence[str]) -> bool:
+        """Let every actor become a rank; returns whether all did, and keeps the failures of those that did not.
+
+        Args:
+            where: Ray's id of each rank's node.
+        """
+        joins = [actor.join.remote(rank) for rank, actor in enumerate(self._actors)]
+        deadline = time.monotonic() + JOIN_TIMEOUT_S
+        for rank, reference in enumerate(joins):
+            try:
+                self.placements.append(ray.get(reference, timeout=max(0.0, deadline - time.monotonic())))
+            except (RayActorError, GetTimeoutError) as error:
+                self._doubtful.add(where[rank])
+                names = {node["NodeID"]: str(node["NodeManagerHostname"]) for node in ray.nodes()}
+                why = str(error) or f"no answer within {JOIN_TIMEOUT_S:.0f} s"
+                self._failures = [self._died(rank, f"it did not start: {why}", names.get(where[rank], ""))]
+                return False
+        return True
+
+    def _hire(self, group: PlacementGroup, where: Sequence[str]) -> list[Any]:
         """An actor for each rank: a spare of its node where one waits, a new one elsewhere."""
-        per_node, hired = self.shape.workers_per_node, []
-        nodes = placement_group_table(group)["bundles_to_node_id"]
+        hired = []
         actor_class = ray.remote(Worker)
         for rank in range(self.world_size):
-            bundle = rank // per_node
-            spares = self._pool.take(nodes[bundle], 1) if self._pool is not None else []
+            spares = self._pool.take(where[rank], 1) if self._pool is not None else []
             if spares:
                 hired.append(spares[0])
                 continue
+            bundle = rank // self.shape.workers_per_node
             strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
             options: dict[str, Any] = {"num_cpus": self.shape.cpus_per_worker, "scheduling_strategy": strategy}
             if self.shape.device == "cuda":
@@ -215,30 +191,6 @@ class WorkerGroup:
         written = collect(self.placements, [*suspects[:MAX_STACKS], *others[:1]], folder)
         end_silent(self.placements, [suspect.rank for suspect in hang.suspects if suspect.silent])
         return f"stacks: {', '.join(str(path) for path in written)}"
-
-    def _reserve(self, avoid: Sequence[str]) -> PlacementGroup:
-        fitting = fitting_nodes(self.shape)
-        good = [
-            node
-            for node in fitting
-            if node["NodeManagerHostname"] not in avoid and node["NodeID"] not in self._doubtful
-        ]
-        selector = None
-        if self.shape.nodes <= len(good) < len(fitting):
-            selector = [{"ray.io/node-id": f"in({','.join(node['NodeID'] for node in good)})"}] * self.shape.nodes
-        group = placement_group(
-            [self.shape.bundle] * self.shape.nodes,
-            strategy="STRICT_SPREAD" if self.shape.nodes > 1 else "STRICT_PACK",
-            bundle_label_selector=selector,
-        )
-        if not group.wait(PLACEMENT_TIMEOUT_S):
-            remove_placement_group(group)
-            raise ResourceError(
-                f"the cluster has the resources for {self.shape.nodes} x {self.shape.bundle}, "
-                "but other work holds them: free now "
-                f"are {_readable(ray.available_resources())}; waited {PLACEMENT_TIMEOUT_S:.0f} s"
-            )
-        return group
 
     def _place(self) -> list[Placement]:
         """Ranks node by node, with the master on rank 0's node."""
@@ -287,7 +239,10 @@ class WorkerGroup:
         try:
             outcome = ray.get(reference)
         except RayError as error:
-            self._failures.append(self._died(rank, _why_dead(error), preempted=getattr(error, "preempted", False)))
+            if NODE_LIVES not in str(error):
+                self._doubtful.add(self.placements[rank]["node_id"])
+            preempted, node = getattr(error, "preempted", False), str(self.placements[rank]["hostname"])
+            self._failures.append(self._died(rank, _why_dead(error), node, preempted=preempted))
             return
         self._beats[rank] = outcome["beat"]
         if "result" in outcome:
@@ -317,10 +272,8 @@ class WorkerGroup:
             if rank not in self._results:
                 self._beats[rank] = beat
 
-    def _died(self, rank: int, why: str, *, preempted: bool = False) -> Failure:
+    def _died(self, rank: int, why: str, node: str, *, preempted: bool = False) -> Failure:
         beat = self._beats.get(rank)
-        if self.elastic is not None and rank < len(self.placements):
-            self._doubtful.add(self.placements[rank]["node_id"])
         return Failure(
             rank=rank,
             kind=FailureKind.PREEMPTED if preempted else FailureKind.DIED,
@@ -329,7 +282,7 @@ class WorkerGroup:
             step=beat.step if beat else 0,
             phase=beat.phase.value if beat else "starting",
             time=time.time(),
-            node=self.placements[rank]["hostname"] if rank < len(self.placements) else "",
+            node=node,
         )
 
     def request_stop(self) -> None:
@@ -343,9 +296,8 @@ class WorkerGroup:
         Where all have ended their training they may leave as processes do, so that what libraries registered for their
         exit is run. Else they are killed: they may hang in a collective.
         """
-        if self.elastic is not None:  # who has not said how it ended may be on a node that is gone
-            silent = [rank for rank in self._waits.values() if rank < len(self.placements)]
-            self._doubtful |= {self.placements[rank]["node_id"] for rank in silent}
+        for rank in self._questions.values():  # who leaves a question open may be on a node that is gone
+            self._doubtful.add(self.placements[rank]["node_id"])
         if self._actors and not self._waits:
             leaving = [actor.__ray_terminate__.remote() for actor in self._actors]
             ray.wait(leaving, num_returns=len(leaving), timeout=GRACE_S)
@@ -361,39 +313,6 @@ class WorkerGroup:
         self.stop()
         if self._pool is not None:
             self._pool.close()
-
-
-def fitting_nodes(shape: GroupShape) -> list[dict[str, Any]]:
-    """The living nodes of the cluster that can hold their share of the group when nothing else runs on them."""
-    return [
-        node
-        for node in ray.nodes()
-        if node["Alive"] and all(node["Resources"].get(key, 0) >= need for key, need in shape.bundle.items())
-    ]
-
-
-def check_cluster(shape: GroupShape) -> None:
-    """Refuse at once what the cluster can never give.
-
-    Raises:
-        ResourceError: says what the cluster has, node by node, and what is asked.
-    """
-    fitting, bundle = fitting_nodes(shape), shape.bundle
-    if len(fitting) >= shape.nodes:
-        return
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    has = "; ".join(f"{node['NodeManagerHostname']} has {_readable(node['Resources'])}" for node in nodes) or "no node"
-    raise ResourceError(
-        f"the profile asks for {shape.nodes} node(s) with {_readable(bundle)} each "
-        f"({shape.workers_per_node} workers of "
-        f"{shape.cpus_per_worker:g} CPU), but the cluster has {len(fitting)} such node(s): {has}. "
-        "Set nodes, workers_per_node or cpus_per_worker in the profile to what there is."
-    )
-
-
-def _readable(resources: dict[str, float]) -> str:
-    shown = {key: value for key, value in resources.items() if key in ("CPU", "GPU")}
-    return ", ".join(f"{value:g} {key}" for key, value in sorted(shown.items())) or "nothing"
 
 
 def _why_dead(error: RayError) -> str:

@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,4 +144,17 @@ def records(directory: RunDirectory) -> tuple[dict[int, float], dict[tuple[int, 
     return losses, samples
 
 
-__all__ = ["Zerofleet", "records", "signal", "wait_for", "wait_for_step", "worker_pids"]
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A real file system that is soon full."""
+    if os.geteuid() != 0:
+        pytest.skip("hardware: mounting a tmpfs needs root")
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+__all__ = ["Zerofleet", "records", "signal", "small_disk", "wait_for", "wait_for_step", "worker_pids"]

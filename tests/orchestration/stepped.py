@@ -8,7 +8,8 @@ from typing import Any
 from launcher.orchestration.detection import Hang
 from launcher.orchestration.failure import Failure, FailureKind
 from launcher.orchestration.policy import FailurePolicy
-from launcher.orchestration.supervisor import GroupStatus, RunState, Supervisor
+from launcher.orchestration.states import GroupStatus, RunState
+from launcher.orchestration.supervisor import Supervisor
 from launcher.recipe.run_sections import FaultToleranceSection
 from launcher.training.context import Beat, Phase
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from launcher.orchestration.accounting import Ledger, account
 from launcher.orchestration.journal import Journal, read_account
 from launcher.orchestration.report import as_html, as_markdown
-from launcher.orchestration.supervisor import GroupStatus, RunState
+from launcher.orchestration.states import GroupStatus, RunState
 from launcher.run_directory import RunDirectory, read_json_lines
 from launcher.training.context import Beat, Phase
 

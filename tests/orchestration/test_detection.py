@@ -5,7 +5,7 @@ from random import Random
 from typing import Any
 
 from launcher.orchestration.detection import Hang, HangDetector, Straggler, StragglerDetector
-from launcher.orchestration.supervisor import GroupStatus, RunState
+from launcher.orchestration.states import GroupStatus, RunState
 from launcher.recipe.run_sections import FaultToleranceSection
 from launcher.training.context import Beat, Phase
 from tests.orchestration.stepped import COMPLETE, Stepped

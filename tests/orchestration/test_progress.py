@@ -8,7 +8,7 @@ import pytest
 
 from launcher.orchestration.observers import JobObserver
 from launcher.orchestration.progress import Pace, phase_table, progress_line, render_phases
-from launcher.orchestration.supervisor import GroupStatus, RunState
+from launcher.orchestration.states import GroupStatus, RunState
 from launcher.run_directory import RunDirectory
 from launcher.training.context import Beat, Phase
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import read_manifest
 from launcher.orchestration.journal import read_account
 from launcher.run_directory import RunDirectory, read_json_lines
-from tests.orchestration.conftest import Zerofleet, records, wait_for, wait_for_step, worker_pids
+from tests.orchestration.conftest import Zerofleet, records, small_disk, wait_for, wait_for_step, worker_pids
 from tests.support.s3 import BUCKET, s3_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.distributed]
@@ -31,13 +32,11 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(
     wait_for_step(directory, 7)
     victim = worker_pids(directory)[1]
     os.kill(victim, signal.SIGKILL)
-    killed = time.time()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     events = read_json_lines(directory.events)
     (recovering,) = [event for event in events if event["state"] == "recovering"]
     assert (recovering["rank"], recovering["kind"]) == (1, "died"), "the killed rank is the cause, not its peer's echo"
-    assert recovering["time"] - killed < 3
     assert records(directory) == records(uninterrupted)
     attempts = read_json_lines(directory.attempts)
     assert [(attempt["attempt"], attempt["outcome"]) for attempt in attempts] == [(1, "recovering"), (2, "complete")]
@@ -197,23 +196,16 @@ def test_an_unwritable_run_directory(zerofleet: Zerofleet, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    """A real file system that is soon full."""
-    import subprocess
-
-    if os.geteuid() != 0:
-        pytest.skip("hardware: mounting a tmpfs needs root")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """What is soon full."""
+    with small_disk(tmp_path / "small", "2500k") as folder:
+        yield folder
 
 
-def test_a_full_disk_while_saving(zerofleet: Zerofleet, small_disk: Path, uninterrupted: RunDirectory) -> None:
-    directory = RunDirectory.at(small_disk / "run")
+def test_a_full_disk_while_saving(zerofleet: Zerofleet, disk: Path, uninterrupted: RunDirectory) -> None:
+    directory = RunDirectory.at(disk / "run")
     directory.create()
-    ballast = small_disk / "ballast"
+    ballast = disk / "ballast"
     ballast.write_bytes(b"x" * 2_150_000)
     code, _, err = zerofleet.run("run", str(zerofleet.recipe), "--run-dir", str(directory.path))
     assert code == 2, err

@@ -4,7 +4,7 @@ import pytest
 
 from launcher.errors import ResourceError
 from launcher.orchestration.failure import FailureKind
-from launcher.orchestration.supervisor import GroupStatus, RunState
+from launcher.orchestration.states import GroupStatus, RunState
 from launcher.training.context import Phase
 from tests.orchestration.stepped import COMPLETE, ECHO, Stepped, beat, broken, died, failure, results
 

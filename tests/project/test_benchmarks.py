@@ -58,6 +58,16 @@ def test_plans_and_searches_are_timed_and_import_nothing_heavy() -> None:
     assert {facts["heavy"] for facts in found.values()} == {"[]"}
 
 
+@pytest.mark.ray
+@pytest.mark.distributed
+def test_a_recovery_is_measured_from_the_kill_to_the_next_step() -> None:
+    command = [sys.executable, "benchmarks/recovery.py", "--kills", "1", "--arms", "zerofleet cold", "--json"]
+    (arm,) = json.loads(finished(command).stdout)["arms"].values()
+    (figure,) = arm["figures"]
+    assert 0 < figure["noticed"] < figure["seconds"]
+    assert {"recovery: detect", "recovery: import", "recovery: load", "recovery: first step"} <= set(arm["parts"])
+
+
 @pytest.mark.distributed
 def test_every_way_of_saving_is_measured() -> None:
     command = [sys.executable, "benchmarks/checkpoint.py", "--megabytes", "4", "--rounds", "1", "--json"]

@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from cluster.ray_node import (
     NodeResources,
     RayNode,
@@ -39,12 +41,14 @@ class NetworkRay:
         cpus: that each hands out.
         environment_of: more environment of a machine's Ray, by its name.
         dashboard: whether the first serves one, and with it the Jobs API.
+        head_cpus: that the first hands out, if not as many.
     """
 
     network: Network
     cpus: int = 2
     environment_of: dict[str, dict[str, str]] = field(default_factory=dict)
     dashboard: bool = True
+    head_cpus: int | None = None
     token: str = field(default_factory=lambda: secrets.token_hex(16))
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -74,8 +78,22 @@ class NetworkRay:
         self._start(machine, f"--address={self.address}")
         self._await(machine, ATTEMPTS - 1)
 
+    def processes_of(self, machine: Machine) -> list[psutil.Process]:
+        """All that its `ray start` has started."""
+        return psutil.Process(self._processes[machine.name].pid).children(recursive=True)
+
+    def await_end(self, machine: Machine) -> None:
+        """Until Ray on a machine has ended by itself: it lost its node agent, or its cluster gave it up."""
+        self._processes[machine.name].wait(START_TIMEOUT_S)
+
     def _start(self, machine: Machine, *options: str) -> None:
-        common = (f"--num-cpus={self.cpus}", "--object-store-memory=128000000", "--disable-usage-stats", "--block")
+        head = self.head_cpus is not None and machine is self.network.machines[0]
+        common = (
+            f"--num-cpus={self.head_cpus if head else self.cpus}",
+            "--object-store-memory=128000000",
+            "--disable-usage-stats",
+            "--block",
+        )
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *common, *options]
         temporary = self.network.folder / f"ray-{machine.name}"
         with self._log(machine).open("wb") as log:
