@@ -45,8 +45,9 @@ TASKS = {
     ),
     "causal_lm": TaskEntry("launcher.tasks.causal_lm:CausalLanguageModelling", packed_text=True, generates=True),
     "image_classification": TaskEntry("launcher.tasks.image_classification:ImageClassification", tokens=False),
+    # A scalar, such as CLIP's temperature, cannot be partitioned while it is built.
     "image_text_contrastive": TaskEntry(
-        "launcher.tasks.image_text_contrastive:ImageTextContrastive", encoder_tokens=True
+        "launcher.tasks.image_text_contrastive:ImageTextContrastive", encoder_tokens=True, built_whole=True
     ),
     "kto": TaskEntry("launcher.tasks.kto:Kto", generates=True),
     "masked_lm": TaskEntry("launcher.tasks.masked_lm:MaskedLanguageModelling", encoder_tokens=True),

@@ -104,10 +104,14 @@ class ImageTextContrastive(Task):
     def build_model(self) -> torch.nn.Module:
         """Build the model.
 
+        Its temperature, a scalar, becomes a vector of one element: DeepSpeed sends parameters to the other ranks as
+        bytes (`runtime/engine.py: _broadcast_model`, `runtime/zero/partition_parameters.py: _zero_init_param`), for
+        which a scalar has no view. An export has the scalar again.
+
         Raises:
             RecipeError: it is no dual encoder, or one that was made for another loss.
         """
-        model = super().build_model()
+        model: Any = super().build_model()
         names = {name for name, _ in model.named_parameters()}
         if "logit_scale" not in names or "logit_bias" in names:
             raise RecipeError.single(
@@ -115,7 +119,10 @@ class ImageTextContrastive(Task):
                 f"{type(model).__name__} is no dual encoder with a softmax over pairs; take one such as CLIP "
                 "(model_type: clip)",
             )
-        return model
+        scale = model.logit_scale
+        model.logit_scale = torch.nn.Parameter(scale.detach().view(1), requires_grad=scale.requires_grad)
+        whole: torch.nn.Module = model
+        return whole
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack pixels, uint8 [samples, channels, side, side], and pad the texts."""
@@ -139,7 +146,7 @@ class ImageTextContrastive(Task):
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=pixels.to(dtype)
         )
         images, texts = output.image_embeds.float(), output.text_embeds.float()
-        temperature = torch.exp(-getattr(model, "module", model).logit_scale.float())
+        temperature = temperature_of(output.logits_per_text.float(), texts @ images.T)
         counted = batch["labels"] != IGNORED
         loss_sum = contrastive_loss(images, [texts], counted, temperature)
         loss_sum = (loss_sum + contrastive_loss(texts, [images], counted, temperature)) / 2
@@ -157,3 +164,11 @@ class ImageTextContrastive(Task):
             values[f"{name}_mean_reciprocal_rank"] = float((1 / (ranks + 1)).mean())
             values |= {f"{name}_recall_at_{k}": float((ranks < k).mean()) for k in (1, 5)}
         return Metrics(values)
+
+
+def temperature_of(logits: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
+    """By what a model has divided cosines to make logits; its gradient is the temperature's alone.
+
+    The parameter itself cannot be asked: ZeRO 3 takes it away when the model's forward pass is over.
+    """
+    return cosines.square().sum() / (logits * cosines).sum()

@@ -155,15 +155,14 @@ def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
     if plan.layout.expert_parallel_size > 1:
         upstream.let_auto_ep_capture_outputs()
         groups = upstream.named_groups(groups)
-    with upstream.sending_scalars():
-        engine, _, _, _ = deepspeed.initialize(
-            model=model,
-            model_parameters=groups,
-            optimizer=_own_optimizer(plan.deepspeed_config["optimizer"]),
-            lr_scheduler=scheduler_factory(plan.recipe.training, max_steps),
-            config=plan.deepspeed_config,
-            mpu=mpu,
-        )
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        model_parameters=groups,
+        optimizer=_own_optimizer(plan.deepspeed_config["optimizer"]),
+        lr_scheduler=scheduler_factory(plan.recipe.training, max_steps),
+        config=plan.deepspeed_config,
+        mpu=mpu,
+    )
     if precision != "fp32" and plan.zero_stage == 0:
         upstream.forget_the_dummy_step(engine)
     if precision == "fp16":

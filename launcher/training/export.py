@@ -62,7 +62,11 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
         model = task.auto_class.from_config(config, dtype=dtype)
     with _scratch(target) as scratch:
         weights = averaged_weights if plan.recipe.training.uses_average else whole_weights
-        state = {name: _in_file(tensor, dtype, scratch) for name, tensor in weights(folder, manifest)}
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if tensor.ndim == 0}
+        state = {
+            name: _in_file(tensor, dtype, scratch).view(shapes.get(name, tensor.shape))
+            for name, tensor in weights(folder, manifest)
+        }
         # Tied weights may be absent from the state (one copy is stored); everything else must match.
         mismatch = (set(model.state_dict()) ^ set(state)) - set(model.all_tied_weights_keys)
         if mismatch:

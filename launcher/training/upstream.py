@@ -70,33 +70,6 @@ def averaging_ranks(layout: Layout, zero_stage: int) -> int:
     return layout.data_parallel_size
 
 
-@contextmanager
-def sending_scalars() -> Iterator[None]:
-    """Let `deepspeed.initialize` take a model with parameters of no dimension, such as CLIP's temperature.
-
-    It sends every parameter to the other ranks as bytes (`runtime/engine.py: _broadcast_model`), for which a scalar has
-    no view: "self.dim() cannot be 0 to view Float as Byte". They are vectors for so long, and no longer: autograd
-    remembers the shapes of parameters that have hooks.
-    """
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    original = DeepSpeedEngine._broadcast_model
-
-    def broadcast_model(engine: Any) -> None:
-        scalars = [parameter for parameter in engine.module.parameters() if parameter.ndim == 0]
-        for parameter in scalars:
-            parameter.data = parameter.data.view(1)
-        original(engine)
-        for parameter in scalars:
-            parameter.data = parameter.data.view(())
-
-    DeepSpeedEngine._broadcast_model = broadcast_model
-    try:
-        yield
-    finally:
-        DeepSpeedEngine._broadcast_model = original
-
-
 def leave_out_frozen_aliases(engine: Any) -> None:
     """Let `save_checkpoint(exclude_frozen_parameters=True)` leave out frozen weights under all of their names.
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from transformers import CLIPModel
 
+from launcher.checkpoints import folders
 from launcher.data.prepare import prepare
 from launcher.errors import RecipeError, SourceError
 from launcher.planning.layout import Resources
@@ -18,6 +20,8 @@ from launcher.recipe.loading import load_recipe
 from launcher.run_directory import RunDirectory, read_json_lines
 from launcher.submit import write_run
 from launcher.tasks import make_task
+from launcher.training.export import export_checkpoint
+from launcher.training.offline import load_checkpoint
 from tests.support.ranks import Ranks
 from tests.training.task_runs import BERT, run_of, write_recipe
 
@@ -94,9 +98,17 @@ def test_two_workers_learn_what_one_process_with_all_pairs_does(
         found.append([value for record in records for value in (record["loss"], record["grad_norm"])])
     assert len(found[0]) == 8
     assert found[1] == pytest.approx(found[0], rel=1e-4)
-    task = make_task(plan, prepared.facts)
     assert found[0][0] == pytest.approx(np.log(8), abs=0.5), "about chance among the whole global batch"
-    assert task.has_metrics
+    newest = folders.complete(directory.checkpoints)[-1]
+    export_checkpoint(newest, plan, prepared.tokenizer_directory, tmp_path / "export")
+    exported = CLIPModel.from_pretrained(tmp_path / "export").eval()
+    assert exported.logit_scale.shape == ()
+    _, task, model = load_checkpoint(newest, plan, prepared)
+    assert exported.logit_scale.item() == model.logit_scale.item() != exported.config.logit_scale_init_value
+    (dataset,) = prepared.split("validation")
+    batch = task.collate([dataset[index] for index in range(4)])
+    with torch.no_grad():
+        assert task.loss(exported, batch).loss_sum.item() == pytest.approx(task.loss(model, batch).loss_sum.item())
 
 
 def test_pairs_that_cannot_be_used_are_counted(tmp_path: Path, captions: Path) -> None:

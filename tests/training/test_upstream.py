@@ -17,6 +17,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.lr_schedules import WarmupLR
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from transformers.utils import output_capturing
@@ -91,8 +92,10 @@ def test_auto_ep_asks_the_registry_in_a_way_that_transformers_does_not_know() ->
         recorded.get("LlamaModel", None)
 
 
-def test_a_model_with_a_scalar_cannot_be_sent_to_the_other_ranks() -> None:
-    assert "dist.broadcast(p.data.view(torch.uint8)" in inspect.getsource(DeepSpeedEngine._broadcast_model)
+def test_a_scalar_among_the_parameters_cannot_be_sent_to_the_other_ranks() -> None:
+    """Why `tasks/image_text_contrastive.py` makes vectors of them."""
+    for place in (DeepSpeedEngine._broadcast_model, Init._zero_init_param):
+        assert ".data.view(torch.uint8)" in inspect.getsource(place)
     with pytest.raises(RuntimeError, match=r"dim\(\) cannot be 0 to view Float as Byte"):
         torch.zeros(()).view(torch.uint8)
 
