@@ -55,7 +55,8 @@ class Asked:
 
     Attributes:
         examples: rows that were asked about.
-        before: metrics by name of the model that training began with.
+        before: metrics by name of the model that training began with, and `loss`: minus the log-probability of the
+            right answer among the answers, in nats.
         after: the same of the checkpoint.
     """
 
@@ -136,8 +137,11 @@ def _measured(
         }
         for question, label in zip(questions, labels, strict=True)
     ]
+    logits = torch.from_numpy(np.stack([each["logits"] for each in predictions]))
+    right = torch.from_numpy(np.stack([each["labels"] for each in predictions]))
     facts = {"labels": names, "label_counts": counts}
-    return dict(classification_metrics(predictions, ClassificationSection(), facts).values)
+    found = classification_metrics(predictions, ClassificationSection(), facts).values
+    return {"loss": float(F.cross_entropy(logits, right)), **found}
 
 
 @torch.no_grad()

@@ -97,5 +97,5 @@ def test_before_and_after_training_stand_side_by_side(tmp_path: Path, two_ranks:
     found = json.loads(done.stdout)
     assert found["examples"] == 11
     assert set(found["before"]) == set(found["after"])
-    assert {"accuracy", "f1_macro", "majority_accuracy"} <= set(found["after"])
-    assert found["before"] != found["after"]
+    assert {"loss", "accuracy", "f1_macro", "majority_accuracy"} <= set(found["after"])
+    assert abs(found["before"]["loss"] - found["after"]["loss"]) > 1e-6
