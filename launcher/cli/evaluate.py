@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,14 +24,23 @@ def evaluate(
     run_dir: Run,
     step: Step = None,
     max_samples: Annotated[int | None, typer.Option(help="At most so many held-out samples. Default: all.")] = None,
+    ema: Annotated[bool | None, typer.Option(help="The averaged weights, or not. Default: the recipe's.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Ask a language model about labelled texts instead, as this YAML file says.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure a run's checkpoint on all of its held-out data, in this process."""
+    if prompts is not None:
+        _ask(run_dir, step, ema, prompts, as_json)
+        return
     with _quietly():
         from launcher.data.store import PreparedData
+        from launcher.planning.methods import with_average
         from launcher.training.offline import evaluate_checkpoint
 
         directory, plan, folder = _checkpoint(run_dir, step)
+        plan = plan.model_copy(update={"recipe": with_average(plan.recipe, ema)})
         location = json.loads(directory.data.read_text())
         evaluation, metrics = evaluate_checkpoint(
             folder, plan, PreparedData.load(Path(location["directory"])), max_samples
@@ -45,6 +55,25 @@ def evaluate(
         print(f"  {name.replace('_', ' '):<28}{value:.4f}")
     if metrics.text:
         print(metrics.text)
+
+
+def _ask(run_dir: Path, step: int | None, ema: bool | None, prompts: Path, as_json: bool) -> None:
+    """Print what the model said before training and at the checkpoint, side by side."""
+    with _quietly():
+        from launcher.data.store import PreparedData
+        from launcher.planning.methods import with_average
+        from launcher.training.prompting import ask, read_prompts
+
+        section = read_prompts(prompts)
+        directory, plan, folder = _checkpoint(run_dir, step)
+        plan = plan.model_copy(update={"recipe": with_average(plan.recipe, ema)})
+        asked = ask(folder, plan, PreparedData.load(Path(json.loads(directory.data.read_text())["directory"])), section)
+    if as_json:
+        print(json.dumps({"checkpoint": str(folder), **asdict(asked)}, indent=2))
+        return
+    print(f"{folder}: {asked.examples:,} questions\n  {'':<28}before   after")
+    for name, value in asked.before.items():
+        print(f"  {name.replace('_', ' '):<28}{value:.4f}   {asked.after[name]:.4f}")
 
 
 def predict(

@@ -44,6 +44,9 @@ class ExampleEncoder(Protocol):
     Attributes:
         roles: what it reads of each row.
         optional_roles: what it reads of the sources that have it.
+
+    Rows that texts alone do not tell apart (pictures with the same caption) have `split_key(row) -> str` besides, which
+    then decides whether a row is held out.
     """
 
     roles: tuple[str, ...]

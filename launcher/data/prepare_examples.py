@@ -197,8 +197,9 @@ class _Build:
             advance(len(batch))
 
     def _is_held_out(self, row: Row) -> bool:
-        key = "\x1e".join(self.encoder.texts(row)).encode()
-        return is_held_out(key, self.recipe.seed, self.recipe.data.validation_fraction)
+        own_key = getattr(self.encoder, "split_key", None)
+        key = "\x1e".join(self.encoder.texts(row)) if own_key is None else own_key(row)
+        return is_held_out(key.encode(), self.recipe.seed, self.recipe.data.validation_fraction)
 
     def _encode(self, rows: Rows) -> dict[str, Any]:
         """Encode one source; return its statistics."""

@@ -10,7 +10,7 @@ from cluster.validation import near_match
 from launcher.data.examples import ExampleEncoder, Row
 from launcher.data.sources import LocatedSource, open_table
 from launcher.errors import SourceError
-from launcher.recipe.data_sections import ImageFolderSource, ScikitLearnSource, Source, TextSource
+from launcher.recipe.data_sections import AudioFolderSource, ImageFolderSource, ScikitLearnSource, Source, TextSource
 
 ROWS_AT_ONCE = 512
 _EMPTY_LINE = re.compile(r"\n[ \t]*\n")
@@ -33,8 +33,8 @@ class Rows:
         self.located = located
         self.source: Source = located.source
         self._table: Any = None
-        if isinstance(self.source, TextSource | ImageFolderSource | ScikitLearnSource):
-            offered = _offered(self.source)
+        if isinstance(self.source, TextSource | ImageFolderSource | AudioFolderSource | ScikitLearnSource):
+            offered = _renamed(_offered(self.source), self.source)
             missing = [role for role in encoder.roles if role not in offered]
             if missing:
                 text = f"type {self.source.type} has {_listed(offered)}, but the task also reads {_listed(missing)}"
@@ -65,23 +65,34 @@ class Rows:
         source = self.source
         if self._table is not None:
             yield from self._table
-        elif isinstance(source, ScikitLearnSource):
-            yield from _digits()
         else:
-            for file in self.located.files:
-                path = Path(file.path)
-                if isinstance(source, TextSource):
-                    label = {"label": path.parent.name} if source.label_from_folder else {}
-                    yield from (columns | label for columns in _documents(path, source))
-                else:
-                    yield {"image": {"bytes": path.read_bytes(), "path": file.path}, "label": path.parent.name}
+            for row in self._from_files():
+                yield {**row, **{role: row[column] for role, column in source.columns.items() if column in row}}
+
+    def _from_files(self) -> Iterator[Row]:
+        source = self.source
+        if isinstance(source, ScikitLearnSource):
+            yield from _digits()
+        for file in self.located.files:
+            path = Path(file.path)
+            if isinstance(source, TextSource):
+                label = {"label": path.parent.name} if source.label_from_folder else {}
+                yield from (columns | label for columns in _documents(path, source))
+            else:
+                role = "audio" if isinstance(source, AudioFolderSource) else "image"
+                yield {role: {"bytes": path.read_bytes(), "path": file.path}, "label": path.parent.name}
 
 
 def _offered(source: Source) -> list[str]:
     if isinstance(source, TextSource):
         names = ["text"] if source.pattern is None else list(re.compile(source.pattern).groupindex)
         return [*names, "label"] if source.label_from_folder else names
-    return ["image", "label"]
+    return ["audio" if isinstance(source, AudioFolderSource) else "image", "label"]
+
+
+def _renamed(offered: list[str], source: Source) -> list[str]:
+    """What is offered, with the names that the source gives to some of it (`columns: {text: label}`)."""
+    return [*offered, *(role for role, column in source.columns.items() if column in offered and role not in offered)]
 
 
 def _listed(names: Sequence[str]) -> str:

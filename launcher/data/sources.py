@@ -13,6 +13,7 @@ from cluster.errors import Problem
 from launcher.data.files import FileFacts, find_files, index_path, scan_files
 from launcher.errors import SourceError, StorageError
 from launcher.recipe.data_sections import (
+    AudioFolderSource,
     HubSource,
     ImageFolderSource,
     SavedSource,
@@ -58,7 +59,9 @@ class LocatedSource:
     def labels_by_folder(self) -> bool:
         """Whether a file's folder is its label."""
         source = self.source
-        return isinstance(source, ImageFolderSource) or (isinstance(source, TextSource) and source.label_from_folder)
+        if isinstance(source, ImageFolderSource | AudioFolderSource):
+            return True
+        return isinstance(source, TextSource) and source.label_from_folder
 
 
 def is_held_out(text: bytes, seed: int, fraction: float) -> bool:
@@ -152,9 +155,10 @@ def open_documents(located: LocatedSource, scratch: Path, recipe_name: str) -> A
         StorageError: the disk is full.
     """
     source = located.source
-    if isinstance(source, ImageFolderSource | ScikitLearnSource):
+    if isinstance(source, ImageFolderSource | AudioFolderSource | ScikitLearnSource):
+        held = "sounds" if isinstance(source, AudioFolderSource) else "images"
         raise SourceError(
-            recipe_name, [Problem(f"type {source.type} holds images, but the task reads text", located.where)]
+            recipe_name, [Problem(f"type {source.type} holds {held}, but the task reads text", located.where)]
         )
     dataset = open_table(located, scratch, recipe_name)
     column = source.text_column

@@ -1,12 +1,14 @@
 """Models from a config (random weights) or from pretrained weights, as `transformers` classes."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
 
@@ -15,6 +17,7 @@ from launcher.models.compiling import compile_layers
 from launcher.models.streaming import streamed_weights
 from launcher.models.tiling import tile_loss, tile_mlps
 from launcher.planning.plan import Plan
+from launcher.recipe.tasks import TASKS
 
 END_OF_TEXT_ID = 0
 """Id of the one special token of a tokenizer that the recipe trains; its trainer puts it first."""
@@ -120,7 +123,8 @@ def partitioned_while_built(plan: Plan) -> bool:
     the ranks of all of them, and such checkpoints cannot be put together. There each rank holds the whole model on the
     host until `deepspeed.initialize`; pretrained weights are only mapped from their files.
     """
-    return plan.zero_stage == 3 and plan.layout.tensor_parallel_size == 1
+    whole = plan.layout.tensor_parallel_size > 1 or TASKS[plan.recipe.task].built_whole
+    return plan.zero_stage == 3 and not whole
 
 
 def _pretrained(plan: Plan, auto_class: Any, config: Any, attention: str) -> PreTrainedModel:
@@ -166,7 +170,23 @@ def initialize_weights(
             with _gathered(module, partitioned) as writable:
                 if writable:
                     owner._initialize_weights(module)
+                    if parametrize.is_parametrized(module, "weight"):
+                        _initialize_weight_norm(module)
     torch.random.set_rng_state(state)
+
+
+def _initialize_weight_norm(convolution: Any) -> None:
+    """What `Wav2Vec2PreTrainedModel._init_weights` means for its convolution under weight norm (and its relatives').
+
+    It draws `conv.weight`, which is made anew of direction and length whenever it is asked for, so that nothing
+    changes; and both have been built without values here.
+    """
+    parts = convolution.parametrizations.weight
+    length, direction = parts.original0, parts.original1
+    deviation = 2 * math.sqrt(1 / (convolution.kernel_size[0] * convolution.in_channels))
+    nn.init.normal_(direction, mean=0.0, std=deviation)
+    along = [dim for dim in range(direction.ndim) if length.shape[dim] == 1]
+    length.copy_(direction.norm(dim=along, keepdim=True))
 
 
 def _module_seed(seed: int, name: str) -> int:

@@ -63,6 +63,7 @@ class StateSettings:
     Attributes:
         persistence_threshold: stage 3 keeps parameters of at most so many elements whole on every rank ...
         model_persistence_threshold: ... as long as they are not more than this together.
+        copies: so many further fp32 copies of the weights are kept (`training.ema`, `optimizer.decay_to_start`).
     """
 
     zero_stage: int
@@ -73,6 +74,12 @@ class StateSettings:
     offload_param: bool = False
     persistence_threshold: int = 100_000
     model_persistence_threshold: int = sys.maxsize
+    copies: int = 0
+
+    @property
+    def moments(self) -> int:
+        """Bytes of each weight's optimizer states, besides an fp32 copy of it."""
+        return _ADAM_MOMENTS + self.copies * _FP32
 
     def with_stage(self, zero_stage: int) -> "StateSettings":
         """The same under another stage, with offload where that stage has something to offload."""
@@ -85,7 +92,11 @@ class StateSettings:
 
 
 def state_settings(
-    deepspeed: DeepSpeedPlan, precision: Literal["fp32", "bf16", "fp16"], data_parallel_size: int
+    deepspeed: DeepSpeedPlan,
+    precision: Literal["fp32", "bf16", "fp16"],
+    data_parallel_size: int,
+    *,
+    copies: int = 0,
 ) -> StateSettings:
     """Read the settings from a resolved DeepSpeed config."""
     zero = deepspeed.config["zero_optimization"]
@@ -102,6 +113,7 @@ def state_settings(
         offload_param=deepspeed.offload_param == "cpu",
         persistence_threshold=int(persistence),
         model_persistence_threshold=int(model_persistence),
+        copies=copies,
     )
 
 
@@ -160,7 +172,7 @@ def _stage_0(parameters: Sequence[ParameterTensor], settings: StateSettings) -> 
     elements, size = sum(tensor.numel for tensor in parameters), _BYTES[settings.precision]
     master = 0 if settings.precision == "fp32" else _FP32
     return MemoryPlan(
-        parameters=elements * size, gradients=elements * size, optimizer=elements * (master + _ADAM_MOMENTS)
+        parameters=elements * size, gradients=elements * size, optimizer=elements * (master + settings.moments)
     )
 
 
@@ -184,7 +196,7 @@ def _stage_1_and_2(parameters: Sequence[ParameterTensor], settings: StateSetting
     per_group = [_reached(group, size, ranks) for group, size in zip(groups, partitions, strict=True)]
     reached = max(map(sum, zip(*per_group, strict=True)))
     weights = partition * ranks * item
-    states = partition * (_FP32 + _ADAM_MOMENTS)
+    states = partition * (_FP32 + settings.moments)
     if not settings.offload_optimizer:
         kept = elements if settings.zero_stage == 1 else reached
         return MemoryPlan(parameters=weights, gradients=kept * item, optimizer=states)
@@ -211,7 +223,7 @@ def _stage_3(parameters: Sequence[ParameterTensor], settings: StateSettings) -> 
     size, ranks = _BYTES[settings.precision], settings.data_parallel_size
     shares = sum(-(-tensor.numel // ranks) for tensor in parameters)
     persistent = _persistent(parameters, settings)
-    states = shares * (_FP32 + _ADAM_MOMENTS)
+    states = shares * (_FP32 + settings.moments)
     on_host = settings.offload_optimizer
     return MemoryPlan(
         parameters=(persistent + (0 if settings.offload_param else shares)) * size,

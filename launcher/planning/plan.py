@@ -24,6 +24,7 @@ from launcher.planning.layout import (
     resize_batch,
 )
 from launcher.planning.memory import MemoryPlan, uncounted_reason
+from launcher.planning.methods import method_problems
 from launcher.planning.model_shape import (
     ModelShape,
     check_model,
@@ -112,6 +113,7 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
         offloads = {deepspeed.offload_optimizer, deepspeed.offload_param} != {"none"}
         problems += combination_problems(layout, deepspeed.zero_stage, recipe.training.precision, offloads)
         problems += optimizer_problems(recipe, layout, deepspeed.zero_stage, offloads)
+        problems += method_problems(recipe, layout, deepspeed.zero_stage, deepspeed.config)
     if config is not None:
         problems += model_problems(config, layout, recipe)
         problems += balance_problems(config, recipe)

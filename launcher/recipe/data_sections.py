@@ -78,6 +78,17 @@ class ImageFolderSource(_SourceBase):
     with `./` or `../` from the folder of the recipe."""
 
 
+class AudioFolderSource(_SourceBase):
+    """WAV files in one folder a class: `sounds/CLASS/*.wav`."""
+
+    type: Literal["audio_folder"]
+    files: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Paths or globs (`**` crosses folders); relative ones are taken from the folder of the recipe."""
+    exclude: tuple[str, ...] = ()
+    """Globs of files to leave out, matched against the whole path; a relative one matches at any depth, one that begins
+    with `./` or `../` from the folder of the recipe."""
+
+
 class ScikitLearnSource(_SourceBase):
     """A data set that comes inside scikit-learn's own package."""
 
@@ -101,7 +112,7 @@ class HubSource(_SourceBase):
 
 
 Source = Annotated[
-    TextSource | TableSource | SavedSource | ImageFolderSource | ScikitLearnSource | HubSource,
+    TextSource | TableSource | SavedSource | ImageFolderSource | AudioFolderSource | ScikitLearnSource | HubSource,
     Field(discriminator="type"),
 ]
 

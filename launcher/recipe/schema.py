@@ -21,6 +21,7 @@ from launcher.recipe.run_sections import (
 from launcher.recipe.section import Section
 from launcher.recipe.task_sections import (
     AdapterSection,
+    AudioSection,
     ClassificationSection,
     DistillationSection,
     EmbeddingSection,
@@ -50,6 +51,7 @@ class Recipe(Section):
     data: DataSection
     classification: ClassificationSection = ClassificationSection()
     image: ImageSection = ImageSection()
+    audio: AudioSection = AudioSection()
     adapter: AdapterSection | None = None
     """Train added weights instead of the model's own; checkpoints then hold only what is trained."""
     distillation: DistillationSection | None = None
@@ -97,8 +99,11 @@ class Recipe(Section):
                 f"data.format {self.data.format} makes batches of different lengths, which no test of ours has trained "
                 "but data parallel: leave parallel out"
             )
-        if self.optimizer.layer_wise_lr_decay is not None and spread:
-            raise ValueError("optimizer.layer_wise_lr_decay is for data parallel runs: leave parallel out")
+        for name in ("layer_wise_lr_decay", "unfreeze_every_steps"):
+            if getattr(self.optimizer, name) is not None and spread:
+                raise ValueError(f"optimizer.{name} is for data parallel runs: leave parallel out")
+        if self.optimizer.unfreeze_every_steps is not None and self.optimizer.type not in ("adamw", "sgd"):
+            raise ValueError("optimizer.unfreeze_every_steps is for adamw and sgd")
         if self.training.adversarial is not None and (spread or self.zero.stage == 3 or self.adapter is not None):
             raise ValueError(
                 "training.adversarial is for data parallel runs of the whole model under ZeRO stages 0 to 2: leave "

@@ -64,6 +64,17 @@ class ImageSection(Section):
         return self
 
 
+class AudioSection(Section):
+    """Of `audio_classification`: the waves that the model reads."""
+
+    sampling_rate: int | None = Field(default=None, ge=1)
+    """Samples a second; sounds of another rate are resampled. Default: the pretrained model's, or 16,000."""
+    max_seconds: float = Field(default=10.0, gt=0)
+    """Of a longer sound the beginning is read."""
+    normalize: bool | None = None
+    """Scale each wave to mean 0 and variance 1; default: as the pretrained model's, or yes."""
+
+
 class AdapterSection(Section):
     """Train a few added weights and leave the model's own as they are (`peft`)."""
 

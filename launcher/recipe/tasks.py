@@ -22,6 +22,7 @@ class TaskEntry:
         encoder_tokens: a tokenizer that is trained for it gets begin, separator and mask tokens, as BERT's has.
         generates: its model continues text.
         packed_text: it reads plain text in packed rows; otherwise the class's `encoder` makes examples of rows.
+        built_whole: each worker builds its model whole, under ZeRO 3 too, where others are partitioned while built.
     """
 
     path: str
@@ -29,6 +30,7 @@ class TaskEntry:
     encoder_tokens: bool = False
     packed_text: bool = False
     generates: bool = False
+    built_whole: bool = False
 
     def load(self) -> Any:
         """Import the class."""
@@ -37,8 +39,16 @@ class TaskEntry:
 
 
 TASKS = {
+    # Weight norm, which these models have, cannot be put on weights that ZeRO 3 has partitioned.
+    "audio_classification": TaskEntry(
+        "launcher.tasks.audio_classification:AudioClassification", tokens=False, built_whole=True
+    ),
     "causal_lm": TaskEntry("launcher.tasks.causal_lm:CausalLanguageModelling", packed_text=True, generates=True),
     "image_classification": TaskEntry("launcher.tasks.image_classification:ImageClassification", tokens=False),
+    # A scalar, such as CLIP's temperature, cannot be partitioned while it is built.
+    "image_text_contrastive": TaskEntry(
+        "launcher.tasks.image_text_contrastive:ImageTextContrastive", encoder_tokens=True, built_whole=True
+    ),
     "kto": TaskEntry("launcher.tasks.kto:Kto", generates=True),
     "masked_lm": TaskEntry("launcher.tasks.masked_lm:MaskedLanguageModelling", encoder_tokens=True),
     "preference": TaskEntry("launcher.tasks.preference:Preference", generates=True),

@@ -19,6 +19,17 @@ class AdversarialSection(Section):
     """Of `pgd`; each one as long as 1.5 epsilon / steps."""
 
 
+class EmaSection(Section):
+    """Keep an exponential moving average of the trained weights (Polyak and Juditsky 1992), in fp32."""
+
+    decay: float = Field(default=0.999, gt=0, lt=1)
+    """After each step the average is decay x average + (1 - decay) x weights; it begins with the first weights."""
+    warmup: bool = False
+    """Forget faster at first: the decay of step n is at most (1 + n) / (10 + n)."""
+    use: bool = True
+    """Evaluate and export the averaged weights; false: only keep them, for `zerofleet export --ema`."""
+
+
 def _not_fp8(value: Any) -> Any:
     if value == "fp8":
         raise ValueError(
@@ -71,6 +82,13 @@ class TrainingSection(Section):
     `output_router_logits: true`, otherwise 0."""
     adversarial: AdversarialSection | None = None
     """Add the loss on disturbed inputs to the loss; ZeRO stages 0 to 2, data parallel."""
+    ema: EmaSection | None = None
+    """Keep a moving average of the weights, which is evaluated and exported; data parallel."""
+
+    @property
+    def uses_average(self) -> bool:
+        """Whether the averaged weights are what is evaluated and exported."""
+        return self.ema is not None and self.ema.use
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "TrainingSection":
@@ -97,6 +115,12 @@ class OptimizerSection(Section):
     layer_wise_lr_decay: float | None = Field(default=None, gt=0, lt=1)
     """Each layer learns at this share of the rate of the layer above it (Howard and Ruder, arXiv 1801.06146); the head
     at training.learning_rate, the embeddings at the lowest rate."""
+    unfreeze_every_steps: int | None = Field(default=None, ge=1)
+    """Train the head alone for so many steps, then the layer below it too, and so on down to the embeddings (gradual
+    unfreezing, of the same authors): the others have a learning rate of 0. Their gradients are made all the same."""
+    decay_to_start: float = Field(default=0.0, ge=0)
+    """Decay of the weights towards those that training began with (L2-SP, Li et al., arXiv 1802.01483), decoupled from
+    the gradient as weight_decay is; for all that is trained."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment; of `lion`, of the mixture whose sign is taken."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)

@@ -1,6 +1,8 @@
 """Random changes of image batches, on the device; PyTorch's generator, which the loop seeds for each step."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name that every PyTorch reader expects)
@@ -50,6 +52,26 @@ def augment(pixels: Tensor, size: int, section: ImageSection) -> Tensor:
 
 def _blend(pixels: Tensor, towards: Tensor, share: Tensor) -> Tensor:
     return pixels * share + towards * (1 - share)
+
+
+def model_pixels(pixels: Tensor, form: Mapping[str, Any], section: ImageSection, *, train: bool) -> Tensor:
+    """From stored images, uint8, to what the model reads; while training, augmented.
+
+    Args:
+        pixels: [images, channels, side, side].
+        form: `size`, and `mean` and `std` of each channel (`image_form`).
+        section: what to do to them.
+        train: whether to augment.
+    """
+    size, pixels = int(form["size"]), pixels.float() / 255
+    if train:
+        pixels = augment(pixels, size, section)
+    elif pixels.shape[-1] != size:
+        pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    mean, std = (
+        torch.tensor(form[name], device=pixels.device, dtype=pixels.dtype).view(1, -1, 1, 1) for name in ("mean", "std")
+    )
+    return (pixels - mean) / std
 
 
 def mix(pixels: Tensor, section: ImageSection) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from launcher.data.examples import BadExample, Example, Field, Row
 from launcher.models.build import build_config
 from launcher.planning.plan import Plan
 from launcher.recipe.schema import Recipe
-from launcher.tasks.augmentation import augment, mix
+from launcher.tasks.augmentation import mix, model_pixels
 from launcher.tasks.base import Batch, LossOutput, Metrics, Sample, Task
 from launcher.tasks.classification import (
     Labels,
@@ -33,6 +33,34 @@ STORED_SHARE = 8 / 7
 """Images are kept this much larger than the model reads them when training crops at random (256 for 224)."""
 
 
+class ImageInput:
+    """Pictures as a recipe's model reads them: decoded, scaled and cut to squares."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        form = image_form(recipe)
+        self.size, self.channels = int(form["size"]), int(form["channels"])
+        self.stored = round(self.size * STORED_SHARE) if recipe.image.random_resized_crop else self.size
+
+    def identity(self) -> list[int]:
+        """What the pixels depend on."""
+        return [self.size, self.stored, self.channels]
+
+    def digest(self, image: Any) -> str:
+        """A hash of a picture, by which it is held out or not."""
+        return xxh3_128_hexdigest(image["bytes"] or b"" if isinstance(image, dict) else np.asarray(image).tobytes())
+
+    def field(self) -> Field:
+        """Form of the pixels."""
+        return Field("uint8", (self.channels, self.stored, self.stored))
+
+    def pixels(self, image: Any) -> NDArray[np.uint8] | None:
+        """Decode, scale the shorter side and crop the middle; `None` when it cannot be read."""
+        try:
+            return read_pixels(image, self.stored, self.channels)
+        except (OSError, ValueError, SyntaxError):  # Pillow raises all three over broken files
+            return None
+
+
 class ImageClassificationEncoder:
     """Rows with `image` (a picture file, or uint8 of [height, width] or [height, width, channels]) and `label`."""
 
@@ -42,18 +70,15 @@ class ImageClassificationEncoder:
     def __init__(self, recipe: Recipe) -> None:
         self.labels = Labels(recipe.classification)
         self.section = recipe.classification
-        form = image_form(recipe)
-        self.size, self.channels = int(form["size"]), int(form["channels"])
-        self.stored = round(self.size * STORED_SHARE) if recipe.image.random_resized_crop else self.size
+        self.image = ImageInput(recipe)
 
     def identity(self) -> Any:
         """Size and kind of labels."""
-        return [self.section.problem_type, list(self.section.labels), self.size, self.stored, self.channels]
+        return [self.section.problem_type, list(self.section.labels), *self.image.identity()]
 
     def texts(self, row: Row) -> list[str]:
         """A hash of the picture, by which it is held out or not."""
-        image = row["image"]
-        return [xxh3_128_hexdigest(image["bytes"] or b"" if isinstance(image, dict) else np.asarray(image).tobytes())]
+        return [self.image.digest(row["image"])]
 
     def begin(self, tokenizer: Any, training_rows: Iterable[Sequence[Row]]) -> None:
         """Learn the labels."""
@@ -61,10 +86,7 @@ class ImageClassificationEncoder:
 
     def fields(self) -> dict[str, Field]:
         """Pixels and the target."""
-        return {
-            "pixels": Field("uint8", (self.channels, self.stored, self.stored)),
-            "labels": self.labels.field(),
-        }
+        return {"pixels": self.image.field(), "labels": self.labels.field()}
 
     def encode(self, rows: Sequence[Row]) -> list[Example | BadExample]:
         """Decode, scale the shorter side and crop the middle."""
@@ -74,15 +96,14 @@ class ImageClassificationEncoder:
         target = self.labels.encode(row["label"])
         if isinstance(target, str):
             return BadExample(target)
-        try:
-            pixels = read_pixels(row["image"], self.stored, self.channels)
-        except (OSError, ValueError, SyntaxError):  # Pillow raises all three over broken files
+        pixels = self.image.pixels(row["image"])
+        if pixels is None:
             return BadExample("the image cannot be read")
         return {"pixels": pixels, "labels": target}
 
     def facts(self) -> dict[str, Any]:
         """Classes and size."""
-        return {**self.labels.facts(), "size": self.size, "channels": self.channels}
+        return {**self.labels.facts(), "size": self.image.size, "channels": self.image.channels}
 
 
 def read_pixels(image: Any, size: int, channels: int) -> NDArray[np.uint8]:
@@ -124,6 +145,7 @@ def image_form(recipe: Recipe) -> dict[str, Any]:
     for path in reversed(stored):
         known |= json.loads(path.read_text())
     config = {**known, **config}
+    config = {**dict(config.get("vision_config") or {}), **config}  # of a model with an encoder of texts besides
     size = config.get("crop_size") or config.get("size")
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge")
@@ -169,7 +191,7 @@ class ImageClassification(Task):
     def loss(self, model: Any, batch: Batch) -> LossOutput:
         """Loss of the images' classes; while training, of augmented images, and of mixed ones."""
         labels = batch["labels"]
-        pixels = self.normalized(batch["pixels"].float() / 255, train=model.training)
+        pixels = model_pixels(batch["pixels"], self.form, self.image, train=model.training)
         pixels = pixels.to(next(model.parameters()).dtype)
         if not (model.training and (self.image.mixup_alpha or self.image.cutmix_alpha)):
             return classification_loss(model(pixel_values=pixels).logits, labels, self.section, self.weights)
@@ -178,19 +200,6 @@ class ImageClassification(Task):
         own = classification_loss(logits, labels, self.section, self.weights)
         other = classification_loss(logits, labels[partner], self.section, self.weights)
         return LossOutput(share * own.loss_sum + (1 - share) * other.loss_sum, own.num_targets)
-
-    def normalized(self, pixels: torch.Tensor, *, train: bool) -> torch.Tensor:
-        """From stored images (0 to 1) to what the model reads."""
-        size = int(self.form["size"])
-        if train:
-            pixels = augment(pixels, size, self.image)
-        elif pixels.shape[-1] != size:
-            pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-        mean, std = (
-            torch.tensor(self.form[name], device=pixels.device, dtype=pixels.dtype).view(1, -1, 1, 1)
-            for name in ("mean", "std")
-        )
-        return (pixels - mean) / std
 
     def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
         """Measure with scikit-learn."""

@@ -116,11 +116,16 @@ class SentenceEmbedding(Task):
         """How well each anchor's positive is found among all positives of the evaluation."""
         anchors = np.stack([each["anchor"] for each in predictions])
         positives = np.stack([each["positive"] for each in predictions])
-        ranks = np.concatenate(
-            [_ranks(anchors[start : start + 1024], positives, start) for start in range(0, len(anchors), 1024)]
-        )
+        ranks = places_among(anchors, positives)
         found = {f"recall_at_{k}": float((ranks < k).mean()) for k in (1, 5)}
         return Metrics({"mean_reciprocal_rank": float((1 / (ranks + 1)).mean()), **found})
+
+
+def places_among(anchors: NDArray[Any], positives: NDArray[Any]) -> NDArray[np.int64]:
+    """How many positives are nearer to each anchor than its own one, [samples]; both are [samples, width]."""
+    return np.concatenate(
+        [_ranks(anchors[start : start + 1024], positives, start) for start in range(0, len(anchors), 1024)]
+    )
 
 
 def _ranks(anchors: NDArray[Any], positives: NDArray[Any], start: int) -> NDArray[np.int64]:
@@ -137,7 +142,9 @@ def mean_pooled(states: Tensor, mask: Tensor) -> Tensor:
     return F.normalize((states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1), dim=-1)
 
 
-def contrastive_loss(anchors: Tensor, candidates: Sequence[Tensor], counted: Tensor, temperature: float) -> Tensor:
+def contrastive_loss(
+    anchors: Tensor, candidates: Sequence[Tensor], counted: Tensor, temperature: float | Tensor
+) -> Tensor:
     """Sum over this rank's anchors of the cross-entropy of their positives among all ranks' candidates.
 
     Summed over ranks it is the loss of one process with all samples (InfoNCE, van den Oord et al., arXiv 1807.03748),

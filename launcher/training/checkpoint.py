@@ -18,6 +18,7 @@ from launcher.errors import StorageError
 from launcher.planning.plan import Plan
 from launcher.recipe.loading import recipe_hash
 from launcher.training import upstream
+from launcher.training.averaging import WeightAverage, has_averages
 from launcher.training.background_save import BackgroundSaver, Outcome, Save
 from launcher.training.checkpoint_files import CheckpointFiles
 from launcher.training.collective_folder import CollectiveFolder, attempted
@@ -64,14 +65,21 @@ class CheckpointManager:
         plan: of the run.
         data_fingerprint: of the prepared data.
         notify: told what a person should know, on rank 0.
+        average: of the trained weights, if the run keeps one.
 
     Raises:
         StorageError: the ranks do not see the same folder.
     """
 
     def __init__(
-        self, directory: Path, plan: Plan, data_fingerprint: str, notify: Callable[[str], None] = lambda text: None
+        self,
+        directory: Path,
+        plan: Plan,
+        data_fingerprint: str,
+        notify: Callable[[str], None] = lambda text: None,
+        average: WeightAverage | None = None,
     ) -> None:
+        self.average = average
         self.directory = directory
         self.plan = plan
         self.data_fingerprint = data_fingerprint
@@ -161,7 +169,7 @@ class CheckpointManager:
         background.begin(save)
 
     def _hand_over(self, engine: Any, folder: CollectiveFolder) -> None:
-        """Let DeepSpeed give its states to `self.files`."""
+        """Let DeepSpeed give its states to `self.files`; and the averages."""
         state = {"parameter_names": parameter_names(engine)}
         engine.save_checkpoint(
             str(self.directory),
@@ -170,6 +178,8 @@ class CheckpointManager:
             save_latest=False,
             exclude_frozen_parameters=self.plan.recipe.adapter is not None,
         )
+        if self.average is not None and (self.plan.zero_stage > 0 or self.rank == 0):
+            self.average.save(self.files, folder.incomplete)
 
     def _committed(self, folder: Path) -> None:
         """What follows a commit; when it goes wrong, the checkpoint is one all the same."""
@@ -248,11 +258,14 @@ class CheckpointManager:
         resumption = check_resumable(manifest, self.plan, self.data_fingerprint, folder)
         engine.checkpoint_engine = self.files
         adapter = self.plan.recipe.adapter is not None
-        if resumption.differences:
-            load_universal(engine, restorer.converted(folder, manifest), self.plan.zero_stage)
+        universal = restorer.converted(folder, manifest) if resumption.differences else None
+        if universal is not None:
+            load_universal(engine, universal, self.plan.zero_stage)
         else:
             # The frozen weights come from the model, not from the checkpoint.
             engine.load_checkpoint(str(self.directory), tag=folder.name, load_module_strict=not adapter)
+        if self.average is not None:
+            self._load_average(self.average, folder, manifest, universal)
         from_the_start = resumption.data_changed and self.plan.recipe.data.on_change == "restart"
         return Progress(
             step=manifest.step,
@@ -260,6 +273,15 @@ class CheckpointManager:
             best_eval_loss=manifest.best_eval_loss,
             evaluations_without_improvement=manifest.evaluations_without_improvement,
         )
+
+    def _load_average(self, average: WeightAverage, folder: Path, manifest: Manifest, universal: Path | None) -> None:
+        if not has_averages(manifest):
+            self._tell(f"{folder.name} was saved without training.ema: the average begins with its weights")
+            average.restart()
+        elif universal is not None:
+            average.load_universal(universal)
+        else:
+            average.load(folder)
 
     def _tell(self, text: str) -> None:
         if self.rank == 0:

@@ -8,9 +8,35 @@ import torch
 from torch import Tensor
 
 from launcher.checkpoints.manifest import Manifest
+from launcher.errors import CheckpointError
+from launcher.training.averaging import average_file, has_averages, read_averages
 from launcher.training.checkpoint_files import read_state
 from launcher.training.joining import joined, split_patterns
+from launcher.training.shards import AVERAGE
 from launcher.training.whole_states import WholeStates
+
+
+def averaged_weights(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+    """Give a checkpoint's averaged weights (`training.ema`) one after another, in fp32; else as `whole_weights`.
+
+    Buffers, and weights that are not trained, have no average and come as they are.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    if not has_averages(manifest):
+        raise CheckpointError(f"checkpoint {folder} was saved without training.ema: it holds no averaged weights")
+    if manifest.zero_stage == 0:
+        state = read_state(folder / "mp_rank_00_model_states.pt", mapped=True)
+        names = [name for group in state["parameter_names"] for name in group]
+        averages = dict(zip(names, read_averages(folder / average_file(0), mapped=True), strict=True))
+        aliases = state["shared_params"] or {}
+        yield from ((name, averages.get(name, own)) for name, own in state["module"].items() if name not in aliases)
+        return
+    states = WholeStates(folder, manifest)
+    for name in states.shapes:
+        yield name, states.tensor(name, AVERAGE)
+    yield from states.extras.items()
 
 
 def trained_state_dict(folder: Path, zero_stage: int) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from launcher.recipe.training_sections import TrainingSection
 from launcher.training import upstream
 from launcher.training.lion import Lion
 
+DEPTH = "layers_above"
+"""Key of a parameter group: so many layers lie above its parameters."""
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -99,7 +101,12 @@ def layered_groups(model: nn.Module, weight_decay: float, learning_rate: float, 
             depth = depths.get(name, 0 if "embed" in name else top)
             groups.setdefault((-depth, group["weight_decay"]), []).append(parameter)
     return [
-        {"params": groups[key], "weight_decay": key[1], "lr": learning_rate * decay ** (top + key[0])}
+        {
+            "params": groups[key],
+            "weight_decay": key[1],
+            "lr": learning_rate * decay ** (top + key[0]),
+            DEPTH: top + key[0],
+        }
         for key in sorted(groups)
     ]
 
@@ -141,10 +148,10 @@ def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
     precision = plan.recipe.training.precision
     check_precision(precision)
     mpu = spread_sequences(model, plan.layout, plan.batch) if plan.layout.sequence_parallel_size > 1 else None
-    optimizer, decay = plan.recipe.optimizer, plan.recipe.optimizer.layer_wise_lr_decay
+    optimizer, rate = plan.recipe.optimizer, plan.recipe.training.learning_rate
     groups = parameter_groups(model, optimizer.weight_decay)
-    if decay is not None:
-        groups = layered_groups(model, optimizer.weight_decay, plan.recipe.training.learning_rate, decay)
+    if optimizer.layer_wise_lr_decay is not None or optimizer.unfreeze_every_steps is not None:
+        groups = layered_groups(model, optimizer.weight_decay, rate, optimizer.layer_wise_lr_decay or 1.0)
     if plan.layout.expert_parallel_size > 1:
         upstream.let_auto_ep_capture_outputs()
         groups = upstream.named_groups(groups)

@@ -20,7 +20,7 @@ from launcher.models.build import DTYPES
 from launcher.planning.plan import Plan
 from launcher.recipe.tasks import TASKS
 from launcher.tasks import make_task
-from launcher.training.consolidation import trained_state_dict, whole_weights
+from launcher.training.consolidation import averaged_weights, trained_state_dict, whole_weights
 
 
 def checkpoint_to_export(checkpoints: Path, plan: Plan) -> Path:
@@ -61,7 +61,12 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
     with torch.device("meta"):
         model = task.auto_class.from_config(config, dtype=dtype)
     with _scratch(target) as scratch:
-        state = {name: _in_file(tensor, dtype, scratch) for name, tensor in whole_weights(folder, manifest)}
+        weights = averaged_weights if plan.recipe.training.uses_average else whole_weights
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if tensor.ndim == 0}
+        state = {
+            name: _in_file(tensor, dtype, scratch).view(shapes.get(name, tensor.shape))
+            for name, tensor in weights(folder, manifest)
+        }
         # Tied weights may be absent from the state (one copy is stored); everything else must match.
         mismatch = (set(model.state_dict()) ^ set(state)) - set(model.all_tied_weights_keys)
         if mismatch:
@@ -70,11 +75,11 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
             )
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
-        _write(model, target, _tokenizer_of(model, plan, tokenizer_directory))
+        write_folder(model, target, tokenizer_of(model, plan, tokenizer_directory))
     return target
 
 
-def _tokenizer_of(model: Any, plan: Plan, tokenizer_directory: Path) -> Any:
+def tokenizer_of(model: Any, plan: Plan, tokenizer_directory: Path) -> Any:
     """The run's tokenizer, whose special tokens the model generates with; `None` for a task without one."""
     if not TASKS[plan.recipe.task].tokens:
         return None
@@ -126,7 +131,9 @@ def _export_adapter(folder: Path, plan: Plan, tokenizer_directory: Path, target:
     """
     whole = plan.model_copy(update={"zero_stage": 0})
     model = make_task(whole, PreparedData.load(tokenizer_directory.parent).facts).build_model()
-    state = trained_state_dict(folder, read_manifest(folder).zero_stage)
+    manifest = read_manifest(folder)
+    averaged = plan.recipe.training.uses_average
+    state = dict(averaged_weights(folder, manifest)) if averaged else trained_state_dict(folder, manifest.zero_stage)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if missing := trained - set(state):
         raise CheckpointError(f"checkpoint {folder} does not hold the plan's adapter; missing: {sorted(missing)[:5]}")
@@ -135,18 +142,23 @@ def _export_adapter(folder: Path, plan: Plan, tokenizer_directory: Path, target:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory) if TASKS[plan.recipe.task].tokens else None
     adapter: Any = model.to(dtype)
     if plan.recipe.adapter is not None and plan.recipe.adapter.is_prompt:
-        _write(adapter, target, tokenizer)
+        write_folder(adapter, target, tokenizer)
         return target
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        _write(adapter, Path(scratch) / "adapter")
+        write_folder(adapter, Path(scratch) / "adapter")
         merged = adapter.merge_and_unload()
         merged.config.use_cache = True
-        _write(merged, target, tokenizer)
+        write_folder(merged, target, tokenizer)
         shutil.copytree(Path(scratch) / "adapter", target / "adapter")
     return target
 
 
-def _write(model: Any, target: Path, tokenizer: Any = None) -> None:
+def write_folder(model: Any, target: Path, tokenizer: Any = None) -> None:
+    """Write a model and its tokenizer into a folder that appears whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         model.save_pretrained(temporary)

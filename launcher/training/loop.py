@@ -16,13 +16,16 @@ from launcher.planning.layout import Coordinates
 from launcher.planning.plan import Plan
 from launcher.run_directory import append_json_line, read_json_lines
 from launcher.tasks import Metrics, Task, make_task
+from launcher.training.averaging import WeightAverage
 from launcher.training.batch_norm import share_running_statistics
+from launcher.training.before_step import make_before_step
 from launcher.training.checkpoint import CheckpointManager, Progress
 from launcher.training.context import Phase, WorkerContext
 from launcher.training.distributed import Agreement, max_over_ranks, sum_over_ranks
 from launcher.training.engine import build_engine, total_steps
 from launcher.training.evaluation import Evaluation, evaluate, generate
 from launcher.training.export import checkpoint_to_export, export_checkpoint
+from launcher.training.fp32_weights import Fp32Weights
 from launcher.training.measuring import measure, watched_score, write_evaluation
 from launcher.training.monitor import Monitor, Throughput, memory_bytes
 from launcher.training.numeric import LossWatch, Observed
@@ -69,6 +72,7 @@ class Session:
     passes: Passes
     collate: Collate
     triggers: SaveTriggers | None
+    average: WeightAverage | None
 
 
 def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: torch.device) -> TrainResult:
@@ -100,6 +104,8 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
             throughput.step_ends(plan.batch.global_batch_size)
             window.step_ends()
             progress.step += 1
+            if session.average is not None:
+                session.average.update(progress.step)
             progress.consumed_samples = step_batch.consumed_samples
             heartbeat.stepped(progress.step)
             _watch_loss(session, outcome)
@@ -143,9 +149,14 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
         heartbeat.notify(notice)
     engine = build_engine(plan, model, max_steps)
     heartbeat.enter(Phase.LOAD)
+    average, ema = None, plan.recipe.training.ema
+    if ema is not None:
+        average = WeightAverage(Fp32Weights(engine, plan.zero_stage), ema, context.rank if plan.zero_stage else 0)
     checkpoints = CheckpointManager(
-        context.run_directory.checkpoints, plan, prepared.fingerprint, notify=heartbeat.notify
+        context.run_directory.checkpoints, plan, prepared.fingerprint, notify=heartbeat.notify, average=average
     )
+    progress = Progress()
+    before_step = make_before_step(engine, plan.zero_stage, plan.recipe.optimizer, lambda: progress.step)
     progress = checkpoints.load(engine)
     heartbeat.step, heartbeat.max_steps = progress.step, max_steps
     heartbeat.saved(progress.step)
@@ -163,9 +174,10 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
         monitor=monitor,
         losses=LossWatch(plan.recipe.fault_tolerance, context.run_directory, context.rank),
         place=plan.layout.coordinates(context.rank),
-        passes=make_passes(plan, engine, task, device, heartbeat),
+        passes=make_passes(plan, engine, task, device, heartbeat, before_step),
         collate=own_part(task.collate, plan.layout, plan.layout.coordinates(context.rank)),
         triggers=SaveTriggers(context.run_directory, plan.recipe.checkpoint) if context.rank == 0 else None,
+        average=average,
     )
 
 
@@ -285,27 +297,15 @@ def _evaluate(session: Session) -> Evaluation | None:
     session.context.heartbeat.enter(Phase.EVALUATE)
     settings, progress = session.plan.recipe.evaluation, session.progress
     share_running_statistics(session.engine.module)
-    metrics = Metrics()
-    if session.task.has_metrics:
-        result, metrics = measure(
-            session.engine, session.task, datasets, session.plan, session.place.data, session.device
-        )
-    else:
-        result = evaluate(session.passes, session.collate, datasets, session.plan, session.place, session.device)
+    averaged = session.average is not None and session.plan.recipe.training.uses_average
+    with session.average.in_use() if session.average is not None and averaged else contextlib.nullcontext():
+        result, metrics, texts = _measure(session, datasets)
     best, score = progress.best_eval_loss, watched_score(settings, result, metrics)
     progress.eval_loss, progress.eval_score, progress.eval_step = result.loss, score, progress.step
     if best is None or score < best - settings.early_stopping_threshold:
         progress.best_eval_loss, progress.evaluations_without_improvement = score, 0
     else:
         progress.evaluations_without_improvement += 1
-    texts = generate(
-        session.engine,
-        session.plan,
-        session.prepared.tokenizer_directory,
-        progress.step,
-        session.device,
-        session.place,
-    )
     if session.monitor is not None:
         values = {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_targets": result.num_targets}
         values |= {f"eval_{name}": value for name, value in metrics.values.items()}
@@ -316,6 +316,18 @@ def _evaluate(session: Session) -> Evaluation | None:
         session.monitor.record_texts(progress.step, texts)
     dist.barrier()
     return result
+
+
+def _measure(session: Session, datasets: Any) -> tuple[Evaluation, Metrics, dict[str, str]]:
+    """Loss, metrics and written texts of the model as it is now."""
+    plan, metrics = session.plan, Metrics()
+    if session.task.has_metrics:
+        result, metrics = measure(session.engine, session.task, datasets, plan, session.place.data, session.device)
+    else:
+        result = evaluate(session.passes, session.collate, datasets, plan, session.place, session.device)
+    tokenizer = session.prepared.tokenizer_directory
+    texts = generate(session.engine, plan, tokenizer, session.progress.step, session.device, session.place)
+    return result, metrics, texts
 
 
 def _finish(session: Session, *, stopped: bool) -> TrainResult:

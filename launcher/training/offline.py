@@ -1,6 +1,6 @@
 """A checkpoint without its run: measure it, or let it write, in one process."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,18 @@ from launcher.planning.layout import Resources
 from launcher.planning.plan import Plan, make_plan
 from launcher.recipe.layout_sections import ParallelSection, ZeroSection
 from launcher.recipe.tasks import TASKS
-from launcher.tasks import Metrics, Task, make_task
-from launcher.training.consolidation import trained_state_dict, whole_weights
+from launcher.tasks import Metrics, Sample, Task, make_task
+from launcher.training.consolidation import averaged_weights, trained_state_dict, whole_weights
 from launcher.training.evaluation import Evaluation
 from launcher.training.measuring import measure
 
 
-def load_checkpoint(folder: Path, plan: Plan, prepared: PreparedData) -> tuple[Plan, Task, Any]:
-    """Build a checkpoint's model in this process, whole, in fp32.
+def whole_model(plan: Plan, prepared: PreparedData) -> tuple[Plan, Task, Any]:
+    """Build a plan's model as training begins with it, in this process, whole, in fp32.
 
     Returns:
         The plan for one process, the task and the model, in evaluation mode.
-
-    Raises:
-        CheckpointError: the weights do not fit the plan's model.
     """
-    manifest = read_manifest(folder)
     training = plan.recipe.training.model_copy(
         update={"precision": "fp32", "global_batch_size": None, "gradient_accumulation_steps": None,
                 "micro_batch_size": plan.batch.micro_batch_size, "gradient_checkpointing": False}
@@ -42,16 +38,28 @@ def load_checkpoint(folder: Path, plan: Plan, prepared: PreparedData) -> tuple[P
     )
     task = make_task(alone, prepared.facts)
     model: Any = task.build_model()
+    return alone, task, model.eval()
+
+
+def load_checkpoint(folder: Path, plan: Plan, prepared: PreparedData) -> tuple[Plan, Task, Any]:
+    """Build a checkpoint's model as `whole_model` does; with the averaged weights, where those are used.
+
+    Raises:
+        CheckpointError: the weights do not fit the plan's model.
+    """
+    manifest = read_manifest(folder)
+    alone, task, model = whole_model(plan, prepared)
+    averaged = dict(averaged_weights(folder, manifest)) if plan.recipe.training.uses_average else None
     if plan.recipe.adapter is not None:
-        state = trained_state_dict(folder, manifest.zero_stage)
+        state = trained_state_dict(folder, manifest.zero_stage) if averaged is None else averaged
         wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     else:
-        state = dict(whole_weights(folder, manifest))
+        state = dict(whole_weights(folder, manifest)) if averaged is None else averaged
         wanted = set(model.state_dict()) - set(model.all_tied_weights_keys)
     if missing := wanted - set(state):
         raise CheckpointError(f"checkpoint {folder} does not hold the plan's model; missing: {sorted(missing)[:5]}")
     model.load_state_dict({name: values for name, values in state.items() if name in model.state_dict()}, strict=False)
-    return alone, task, model.eval()
+    return alone, task, model
 
 
 def evaluate_checkpoint(
@@ -62,10 +70,32 @@ def evaluate_checkpoint(
     Raises:
         DataError: there is none.
     """
-    datasets = prepared.split("validation")
+    held_out(prepared)
+    alone, task, model = load_checkpoint(folder, plan, prepared)
+    return measure_alone(alone, task, model, prepared, max_samples)
+
+
+def held_out(prepared: PreparedData) -> Sequence[Sequence[Sample]]:
+    """The samples to measure on.
+
+    Raises:
+        DataError: there are none.
+    """
+    datasets: Sequence[Sequence[Sample]] = prepared.split("validation")
     if not any(len(dataset) for dataset in datasets):
         raise DataError("nothing is held out: the recipe has neither validation_fraction nor validation_sources")
-    alone, task, model = load_checkpoint(folder, plan, prepared)
+    return datasets
+
+
+def measure_alone(
+    alone: Plan, task: Task, model: Any, prepared: PreparedData, max_samples: int | None
+) -> tuple[Evaluation, Metrics]:
+    """Measure a model that `load_checkpoint` has built, in this process.
+
+    Raises:
+        DataError: nothing is held out.
+    """
+    datasets = held_out(prepared)
     section = alone.recipe.evaluation.model_copy(update={"max_eval_samples": max_samples})
     alone = alone.model_copy(update={"recipe": alone.recipe.model_copy(update={"evaluation": section})})
     store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not declare it
@@ -74,6 +104,7 @@ def evaluate_checkpoint(
         return measure(model, task, datasets, alone, 0, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
+        model.eval()
 
 
 def continuations(

@@ -57,10 +57,19 @@ class Passes(Protocol):
 class DirectPasses:
     """Each rank runs the whole depth of the model: data, tensor, sequence and expert parallelism."""
 
-    def __init__(self, plan: Plan, engine: Any, task: Task, device: torch.device, heartbeat: Heartbeat) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        engine: Any,
+        task: Task,
+        device: torch.device,
+        heartbeat: Heartbeat,
+        before_step: Callable[[], None] = lambda: None,
+    ) -> None:
         self.plan = plan
         self.engine = engine
         self.task = task
+        self.before_step = before_step
         adversarial = plan.recipe.training.adversarial
         if adversarial is not None and plan.zero_stage == 3:
             raise RecipeError.single("training.adversarial", "is for ZeRO stages 0 to 2; set zero.stage to 2")
@@ -84,6 +93,7 @@ class DirectPasses:
             engine.backward(output.loss_sum * (self._ranks / max(num_targets, 1)), scale_wrt_gas=False)
             heartbeat.enter(Phase.OPTIMIZER)
             if index + 1 == len(micro_batches):
+                self.before_step()
                 grad_norm = step_and_norm(
                     engine, plan.zero_stage, plan.recipe.training.precision, plan.recipe.optimizer.type
                 )
@@ -172,11 +182,21 @@ def _staged(micro_batches: Sequence[Batch]) -> Iterator[tuple[tuple[torch.Tensor
         yield (batch["input_ids"], batch["position_ids"]), tuple(batch[name] for name in _FIELDS)
 
 
-def make_passes(plan: Plan, engine: Any, task: Task, device: torch.device, heartbeat: Heartbeat) -> Passes:
-    """Choose how the plan's layout runs."""
+def make_passes(
+    plan: Plan,
+    engine: Any,
+    task: Task,
+    device: torch.device,
+    heartbeat: Heartbeat,
+    before_step: Callable[[], None] = lambda: None,
+) -> Passes:
+    """Choose how the plan's layout runs.
+
+    `before_step` is called when a step's gradients are there; not in a pipeline, where nothing needs it.
+    """
     if plan.layout.pipeline_parallel_size > 1:
         return PipelinePasses(plan, engine, task, device, heartbeat)
-    return DirectPasses(plan, engine, task, device, heartbeat)
+    return DirectPasses(plan, engine, task, device, heartbeat, before_step)
 
 
 def own_part(collate: Collate, layout: Layout, place: Coordinates) -> Collate:

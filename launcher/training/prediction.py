@@ -19,7 +19,7 @@ from launcher.tasks import Task
 from launcher.training.offline import load_checkpoint
 
 READERS = {".jsonl": "from_json", ".json": "from_json", ".csv": "from_csv", ".parquet": "from_parquet"}
-PREDICTED = ("image_classification", "sequence_classification")
+PREDICTED = ("audio_classification", "image_classification", "sequence_classification")
 """Tasks whose models say something of a row."""
 
 _PLACEHOLDER: dict[str, Any] = {"single_label": None, "multi_label": [], "regression": 0.0}
@@ -58,6 +58,24 @@ def predict_file(
         yield row, answers[number % workers][number // workers]
 
 
+def read_table(file: Path) -> Any:
+    """A file as a `datasets.Dataset`.
+
+    Raises:
+        ExpectedError: it is of no kind that is read.
+        DataError: it cannot be read.
+    """
+    import datasets
+
+    if file.suffix not in READERS:
+        raise ExpectedError(f"{file}: its name ends in none of {', '.join(READERS)}")
+    try:
+        with TemporaryDirectory() as scratch:
+            return getattr(datasets.Dataset, READERS[file.suffix])(str(file), cache_dir=scratch, keep_in_memory=True)
+    except Exception as error:  # datasets raises what its readers raise
+        raise DataError(f"cannot read {file}: {str(error).strip().splitlines()[0]}") from error
+
+
 def _talk_on_stderr() -> None:
     """Keep what libraries print off the output: it belongs to the answers."""
     os.dup2(2, 1)
@@ -65,19 +83,11 @@ def _talk_on_stderr() -> None:
 
 def _read(file: Path, plan: Plan) -> list[Row]:
     """Rows by what the task calls their columns, without labels."""
-    import datasets
-
     recipe = plan.recipe
     if recipe.task not in PREDICTED:
         instead = "; let it write with zerofleet generate" if TASKS[recipe.task].generates else ""
         raise ExpectedError(f"predict is for {' and '.join(PREDICTED)}, but this is a run of {recipe.task}{instead}")
-    if file.suffix not in READERS:
-        raise ExpectedError(f"{file}: its name ends in none of {', '.join(READERS)}")
-    try:
-        with TemporaryDirectory() as scratch:
-            table = getattr(datasets.Dataset, READERS[file.suffix])(str(file), cache_dir=scratch, keep_in_memory=True)
-    except Exception as error:  # datasets raises what its readers raise
-        raise DataError(f"cannot read {file}: {str(error).strip().splitlines()[0]}") from error
+    table = read_table(file)
     encoder = TASKS[recipe.task].load().encoder(recipe)
     source = recipe.data.sources[0]
     names = {"text": source.text_column, **source.columns}
@@ -121,13 +131,13 @@ def _encoded(plan: Plan, prepared: PreparedData, rows: Sequence[Row]) -> list[An
     encoder.begin(tokenizer, [[{"label": label if placeholder is None else [label]} for label in labels]])
     label = labels[0] if placeholder is None else placeholder
     ready = [{**row, "label": label} for row in rows]
-    if "image" in encoder.roles:
-        ready = [{**row, "image": _picture(row["image"])} for row in ready]
+    for role in {"image", "audio"} & set(encoder.roles):
+        ready = [{**row, role: _file(row[role])} for row in ready]
     return list(encoder.encode(ready)) if ready else []
 
 
-def _picture(value: Any) -> Any:
-    """A path, as the form of an image that `datasets` has."""
+def _file(value: Any) -> Any:
+    """A path, as the form of an image or a sound that `datasets` has."""
     return {"bytes": None, "path": value} if isinstance(value, str) else value
 
 

@@ -8,10 +8,13 @@ import torch
 
 from launcher.checkpoints.manifest import Manifest
 from launcher.errors import CheckpointError
+from launcher.training.averaging import average_file, has_averages, read_averages
 from launcher.training.checkpoint_files import read_state
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 """The weights, and what Adam keeps of each of them."""
+AVERAGE = "ema"
+"""The weights' moving average, where the run keeps one."""
 DROPPED = (
     "module",
     "optimizer",
@@ -78,6 +81,8 @@ class Shards:
                 names = [f"{prefix}zero_pp_rank_{rank}_{self._suffix}_optim_states.pt" for rank in range(ranks)]
                 optimizers = [read_state(folder / name, mapped=True)["optimizer_state_dict"] for name in names]
                 (self._read_partitioned if stage == 3 else self._read_sharded)(optimizers, ranks)
+            if has_averages(manifest):
+                self._read_averages()
         except (KeyError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{folder} does not hold what DeepSpeed writes: {error!r}") from error
 
@@ -132,6 +137,12 @@ class Shards:
             parts = [state["frozen_param_fragments"][name].flatten() for state in states]
             self.extras[name] = torch.cat(parts)[: shape.numel()].view(shape)
 
+    def _read_averages(self) -> None:
+        for shard, flats in enumerate(self._flat):
+            averages = read_averages(self.folder / average_file(shard), mapped=True)
+            for flat, average in zip(flats, averages, strict=True):
+                flat[AVERAGE] = average.flatten()
+
     def _keep_shapes(self, state: Any) -> None:
         for shapes in state["param_shapes"]:
             self.shapes |= shapes
@@ -153,11 +164,12 @@ class Shards:
         """A parameter's state, as this model-parallel rank has it; contiguous, fp32.
 
         Raises:
-            CheckpointError: another optimizer than AdamW trained it.
+            CheckpointError: another optimizer than AdamW trained it, or the run keeps no average.
         """
         flats = [(self._flat[fragment.shard][fragment.group], fragment) for fragment in self._fragments[name]]
         if any(key not in flat for flat, _ in flats):
-            raise CheckpointError(f"{self.folder} does not hold {key} of {name}, which AdamW keeps")
+            keeper = "a run with training.ema" if key == AVERAGE else "AdamW"
+            raise CheckpointError(f"{self.folder} does not hold {key} of {name}, which {keeper} keeps")
         parts = [flat[key].narrow(0, fragment.start, fragment.numel) for flat, fragment in flats]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
         return whole.view(self.shapes[name]).float()

@@ -16,8 +16,9 @@ import torch
 
 from launcher.checkpoints.files import FileRecord
 from launcher.checkpoints.manifest import Manifest
+from launcher.training.averaging import FOLDER, has_averages
 from launcher.training.checkpoint_files import write_state
-from launcher.training.shards import STATES
+from launcher.training.shards import AVERAGE, STATES
 from launcher.training.whole_states import WholeStates
 
 EXTRAS = "zero/extras.pt"
@@ -65,8 +66,14 @@ def convert(
             f"zero/{name}/{key}.pt": write_state(content, place / f"{key}.pt", rank)
             for key, content in contents.items()
         }
+        if has_averages(manifest):  # not beside the others: DeepSpeed takes every file there for the optimizer's
+            average = {"param": states.tensor(name, AVERAGE)}
+            written[f"{FOLDER}/{name}.pt"] = write_state(average, target / FOLDER / f"{name}.pt", rank)
         progress(sum(record.size for record in written.values()))
         return written
+
+    if has_averages(manifest):
+        (target / FOLDER).mkdir(exist_ok=True)
 
     with ThreadPoolExecutor(threads) as pool:
         for written in pool.map(write_parameter, _share(states.shapes, rank, count)):

@@ -40,11 +40,14 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation=attention)
     o, t = recipe.optimizer, recipe.training
     optimizers = make_optimizers(model, o, t.learning_rate)
+    start = {id(parameter): parameter.detach().clone() for parameter in model.parameters()}
     losses, norms = [], []
     for step in range(steps):
         batch = global_batch(data, recipe.seed, step, global_batch_size)
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = group["peak"] * cosine_with_warmup(step, t.warmup_steps, t.max_steps)
+            if o.unfreeze_every_steps is not None and group["layers_above"] > step // o.unfreeze_every_steps:
+                group["lr"] = 0.0
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
         output = model(**inputs, **({"output_router_logits": True} if t.router_aux_loss_coef else {}))
         logits, targets = output.logits, batch["labels"][:, 1:].reshape(-1)
@@ -55,6 +58,10 @@ def train(
         model.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), t.max_grad_norm or math.inf)))
+        with torch.no_grad():
+            for parameter in [p for g in optimizers[0].param_groups for p in g["params"] if o.decay_to_start]:
+                rate = next(g["lr"] for g in optimizers[0].param_groups if any(p is parameter for p in g["params"]))
+                parameter -= rate * o.decay_to_start * (parameter - start[id(parameter)])
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())
@@ -92,6 +99,11 @@ def make_optimizers(model: torch.nn.Module, section: Any, learning_rate: float) 
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": section.weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if section.unfreeze_every_steps is not None:
+        layers = model.config.num_hidden_layers
+        above = {id(p): layers - int(n.split(".")[2]) if ".layers." in n else (layers + 1) * ("embed" in n)
+                 for n, p in model.named_parameters()}  # fmt: skip
+        groups = [{**group, "params": [p], "layers_above": above[id(p)]} for group in groups for p in group["params"]]
     peak = section.adam_learning_rate or learning_rate
     optimizers: list[torch.optim.Optimizer]
     if section.type == "sgd":

@@ -12,6 +12,7 @@ from launcher.run_directory import read_json_lines
 from launcher.tasks import make_task
 from launcher.training.adversarial import adversarial_loss
 from launcher.training.engine import layered_groups
+from tests.support.equality import STEPS, Equality, RanksOf
 from tests.support.ranks import Ranks
 from tests.training.task_runs import BERT, STDLIB, run_of, write_recipe
 
@@ -102,3 +103,31 @@ def test_two_workers_train_with_both(tmp_path: Path, two_ranks: Ranks) -> None:
 def test_adversarial_training_is_refused_where_it_is_not_proved(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="ZeRO stages 0 to 2"):
         make(tmp_path, "zero.stage=3", training={"adversarial": {"method": "fgm"}})
+
+
+STAGES = [("zero.stage=2", "zero.offload_optimizer=cpu"), ("zero.stage=3",), ("zero.stage=0",), ("zero.stage=1",)]
+
+
+@pytest.mark.matrix
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", STAGES, ids=["2-offload", "3", "0", "1"])
+def test_layers_join_from_the_top_and_are_pulled_to_their_start(
+    stage: tuple[str, ...], ranks_of: RanksOf, equality: Equality
+) -> None:
+    """Every loss and norm is that of a plain process that does so by hand; stopped in the middle and resumed too."""
+    ranks, model = ranks_of(2), equality.model()
+    settings = ("optimizer.unfreeze_every_steps=4", "optimizer.decay_to_start=20.0", "save_steps=100", *stage)
+    directory, plan, _ = equality.run(ranks, model, *settings, stop_after=9)
+    data, plain = equality.reference(model, plan)
+    ranks.call("cases:run", run_directory=str(directory.path), data=str(data.directory))
+    records = [record for record in read_json_lines(directory.metrics) if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert [record["loss"] for record in records] == pytest.approx(plain.losses, abs=2e-6, rel=0)
+    assert [record["grad_norm"] for record in records] == pytest.approx(plain.grad_norms, rel=1e-5, abs=0)
+    _, without = equality.reference(model, _plan_without(plan))
+    assert max(abs(a - b) for a, b in zip(plain.losses, without.losses, strict=True)) > 1e-3, "they change something"
+
+
+def _plan_without(plan: Any) -> Any:
+    section = plan.recipe.optimizer.model_copy(update={"decay_to_start": 0.0})
+    return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"optimizer": section})})

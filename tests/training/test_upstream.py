@@ -12,10 +12,12 @@ import torch
 from deepspeed.runtime import utils
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.lr_schedules import WarmupLR
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from transformers.utils import output_capturing
@@ -88,6 +90,14 @@ def test_auto_ep_asks_the_registry_in_a_way_that_transformers_does_not_know() ->
     recorded = output_capturing._CanRecordRegistry()
     with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
         recorded.get("LlamaModel", None)
+
+
+def test_a_scalar_among_the_parameters_cannot_be_sent_to_the_other_ranks() -> None:
+    """Why `tasks/image_text_contrastive.py` makes vectors of them."""
+    for place in (DeepSpeedEngine._broadcast_model, Init._zero_init_param):
+        assert ".data.view(torch.uint8)" in inspect.getsource(place)
+    with pytest.raises(RuntimeError, match=r"dim\(\) cannot be 0 to view Float as Byte"):
+        torch.zeros(()).view(torch.uint8)
 
 
 def test_our_registry_answers_both() -> None:
