@@ -30,6 +30,7 @@ class Case:
         zero: section `zero` of the recipe.
         checkpointing: recompute activations.
         attention: kernel.
+        tiles: parts of the sequence over which MLPs and loss are computed.
         lora_rank: train an adapter of this rank on frozen weights; 0 trains all of them.
         published: tokens a second on one device that the case is held against, and where they stand.
     """
@@ -42,6 +43,7 @@ class Case:
     zero: dict[str, Any] | None = None
     checkpointing: bool = False
     attention: str = "sdpa"
+    tiles: int = 1
     lora_rank: int = 0
     published: tuple[float, str] | None = None
 
@@ -120,9 +122,15 @@ def make_case_plan(case: Case, device: str) -> Any:
         "training": {
             "max_steps": 1000, "micro_batch_size": case.micro_batch_size, "precision": "bf16",
             "gradient_accumulation_steps": case.accumulation, "gradient_checkpointing": case.checkpointing,
+            "mlp_tiles": case.tiles, "loss_tiles": case.tiles,
         },
         "zero": case.zero or {"stage": 1},
     }  # fmt: skip
+    if case.lora_rank:
+        matrices = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+        recipe["adapter"] = {
+            "method": "lora", "r": case.lora_rank, "lora_alpha": 2 * case.lora_rank, "target_modules": matrices
+        }  # fmt: skip
     recipe["data"] |= {"cross_document_attention": True}  # type: ignore[operator]  # a dict of dicts
     name = None
     if device == "cuda":
@@ -130,8 +138,6 @@ def make_case_plan(case: Case, device: str) -> Any:
             name = find_accelerator(torch.cuda.get_device_name()).name
         except PlanError:
             print(f"{torch.cuda.get_device_name()} is not in the catalogue: no MFU and no planned time")
-    if case.lora_rank:
-        name = None  # the planner counts full training only, and would refuse what fits with an adapter
     return make_plan(Recipe.model_validate(recipe), Resources(workers_per_node=1, device=device, accelerator=name))
 
 
@@ -152,10 +158,7 @@ def measure(case: Case, device: Any, *, steps: int, warm_up: int) -> Measured:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     task = CausalLanguageModelling(plan, {})
-    model = task.build_model()
-    if case.lora_rank:
-        model = with_adapter(model, case.lora_rank)
-    engine = build_engine(plan, model, max_steps=1000)
+    engine = build_engine(plan, task.build_model(), max_steps=1000)
     passes = make_passes(plan, engine, task, device, Heartbeat(0))
     shape = (case.micro_batch_size, case.sequence_length)
     positions = torch.arange(case.sequence_length).repeat(case.micro_batch_size, 1)
@@ -175,7 +178,6 @@ def measure(case: Case, device: Any, *, steps: int, warm_up: int) -> Measured:
     tokens = targets / step
     peak = peak_flops(torch.cuda.get_device_name(), "bf16") if cuda else None
     flops = None if plan.model is None else model_flops_per_token(plan.model, case.sequence_length)
-    ranks = plan.ranks if not case.lora_rank else None
     result = Measured(
         name=case.name,
         device=torch.cuda.get_device_name() if cuda else "cpu",
@@ -183,23 +185,13 @@ def measure(case: Case, device: Any, *, steps: int, warm_up: int) -> Measured:
         step_seconds=step,
         mfu=None if peak is None or flops is None or case.lora_rank else tokens * flops / peak,
         peak_bytes=torch.cuda.max_memory_allocated() if cuda else 0,
-        planned_bytes=None if ranks is None else ranks[0].device_bytes - ranks[0].overhead,
-        planned_tokens_per_second=None
+        planned_bytes=None if plan.ranks is None else plan.ranks[0].device_bytes - plan.ranks[0].overhead,
+        planned_tokens_per_second=None  # the time of training in part is not estimated
         if plan.step is None or case.lora_rank
         else plan.step.tokens_per_second_per_device,
     )
     engine.destroy()
     return result
-
-
-def with_adapter(model: Any, rank: int) -> Any:
-    """Freeze a model and put a LoRA adapter (arXiv 2106.09685) on every projection; ends the program without peft."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        print("the LoRA case needs peft: pip install peft", file=sys.stderr)
-        raise SystemExit(2) from None
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 
 def as_text(result: Measured, case: Case) -> str:

@@ -50,7 +50,7 @@ CASES = {
     "long": Case(
         "long",
         {**LLAMA_3_8B, "num_hidden_layers": 4, "max_position_embeddings": 32768},
-        sequence_length=32768, micro_batch_size=1, checkpointing=True,
+        sequence_length=32768, micro_batch_size=1, checkpointing=True, tiles=8,
     ),
 }  # fmt: skip
 

@@ -16,13 +16,34 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launcher.planning.families import FAMILIES, resolve
+from launcher.planning.layers import LAYERS, Layer
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
+
+ADAPTED_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
+"""Families for which a test of ours has compared what is kept under an adapter."""
+ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj"})
+ADAPTED_MATRICES = ATTENTION_INPUTS | {"o_proj", "gate_proj", "up_proj", "down_proj"}
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FP32 = 4
 _INT64 = 8
 _BATCH_TENSORS = 3  # input_ids, labels, position_ids
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """LoRA (arXiv 2106.09685) on some matrices of each layer, with everything else frozen.
+
+    A frozen matrix needs its input for nothing, and a frozen norm not what it has normalised, so that neither is kept.
+
+    Attributes:
+        rank: of the two matrices.
+        targets: ends of the names of the matrices that they belong to, at least one of the attention's inputs.
+    """
+
+    rank: int
+    targets: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,7 @@ class ActivationSettings:
         packed: several documents in a row, each attending to itself only: a mask of sequence x sequence is made, and
             grouped keys are copied for every query head.
         vocabulary_parallel: the head and the loss are divided by the tensor-parallel ranks.
+        adapter: what alone is trained; `None`: all of the model. For the families of `ADAPTED_FAMILIES`.
         device: dropout masks take a byte an element on `cuda`, and the size of the number format on `cpu`.
     """
 
@@ -52,6 +74,7 @@ class ActivationSettings:
     tensor_parallel_size: int = 1
     sequence_parallel_size: int = 1
     vocabulary_parallel: bool = True
+    adapter: LayerAdapter | None = None
     device: Literal["cpu", "cuda"] = "cuda"
 
     @property
@@ -88,72 +111,6 @@ class EdgeActivations:
     first: int
     last: int
     loss: int
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """How a family's decoder layer is put together.
-
-    Attributes:
-        norm: `rms` as in Llama, `olmo` and `gemma` with the weight applied in fp32, `layer` is LayerNorm.
-        before: norms before attention and MLP; without them both read the residual stream.
-        after: norms of what attention and MLP return.
-        parallel: attention and MLP read the same residual (GPT-NeoX).
-        qk_norm: normalises queries and keys.
-        rotary: `partial` turns a part of each head and joins it with the rest, in a new layout.
-        fused_qkv: queries, keys and values are views of one matrix product.
-        mlp: the operations between the first and the last matrix of the MLP.
-        eager_fp32: eager softmax is computed in fp32 and cast back.
-        sdpa: transformers runs the family with SDPA.
-        packed_mask: transformers sees from the positions that rows are packed.
-        masks: 2 where layers with a sliding window stand among others.
-        dropout: defaults of (attention, residual) dropout, by field name.
-    """
-
-    norm: Literal["rms", "olmo", "gemma", "layer"] = "rms"
-    before: bool = True
-    after: bool = False
-    parallel: bool = False
-    qk_norm: bool = False
-    rotary: Literal["full", "partial", "none"] = "full"
-    fused_qkv: bool = False
-    mlp: Literal["gated", "gelu", "gelu_new", "relu", "experts"] = "gated"
-    eager_fp32: bool = True
-    sdpa: bool = True
-    packed_mask: bool = True
-    masks: int = 1
-    dropout: tuple[tuple[str, float], tuple[str, float]] | None = None
-
-
-LAYERS: dict[str, _Layer] = {
-    "llama": _Layer(),
-    "mistral": _Layer(),
-    "qwen2": _Layer(),
-    "qwen3": _Layer(qk_norm=True),
-    "gemma": _Layer(norm="gemma"),
-    "gemma2": _Layer(norm="gemma", after=True, sdpa=False, masks=2),
-    "gemma3_text": _Layer(norm="gemma", after=True, qk_norm=True, masks=2),
-    "phi3": _Layer(rotary="partial", fused_qkv=True),
-    "olmo2": _Layer(norm="olmo", before=False, after=True, qk_norm=True),
-    "olmo3": _Layer(norm="olmo", before=False, after=True, qk_norm=True),
-    "smollm3": _Layer(),
-    "granite": _Layer(),
-    "starcoder2": _Layer(norm="layer", mlp="gelu"),
-    "mixtral": _Layer(mlp="experts"),
-    "qwen2_moe": _Layer(mlp="experts"),
-    "qwen3_moe": _Layer(mlp="experts", qk_norm=True),
-    "gpt2": _Layer(
-        norm="layer", rotary="none", fused_qkv=True, mlp="gelu_new", eager_fp32=False,
-        dropout=(("attn_pdrop", 0.1), ("resid_pdrop", 0.1)),
-    ),
-    "gpt_neox": _Layer(norm="layer", parallel=True, rotary="partial", fused_qkv=True, mlp="gelu"),
-    "opt": _Layer(
-        norm="layer", rotary="none", mlp="relu", packed_mask=False,
-        dropout=(("attention_dropout", 0.0), ("dropout", 0.1)),
-    ),
-    "mpt": _Layer(norm="layer", rotary="none", fused_qkv=True, mlp="gelu", sdpa=False),
-}  # fmt: skip
-"""By `model_type`; each row is compared with the real model's saved tensors by the tests."""
 
 
 class ActivationModel:
@@ -201,6 +158,8 @@ class ActivationModel:
         tiles = self.settings.mlp_tiles
         mlp = self._mlp(sparse)
         full = tokens * (self._norms() + self._attention() + (mlp if tiles == 1 else 0) + self._residual_dropout())
+        if self.settings.adapter is not None:  # what each pair of matrices hands on from one to the other
+            full += tokens * width * self.settings.adapter.rank * len(self.settings.adapter.targets)
         again = tokens * mlp / tiles if tiles > 1 else 0
         backward = tokens * width * (self._widest(sparse) / tiles + 3 * hidden)
         routed = self._balance() if sparse else 0
@@ -232,10 +191,13 @@ class ActivationModel:
         first = settings.tokens * (_BATCH_TENSORS * _INT64 + shared)
         if self.dropout is not None and self.dropout[1] and self.layer.fused_qkv:  # GPT-2's, of the embeddings
             first += settings.tokens * self._mask_bytes() * self.hidden
+        if settings.adapter is not None and not settings.gradient_checkpointing:
+            first -= settings.tokens * self._norm(self.hidden, 1)  # embeddings are frozen: the first norm keeps nothing
         log_probabilities = _FP32 * self.vocabulary
         capped = width * self.vocabulary if self.logit_softcap else 0
         kept = log_probabilities + capped if settings.loss_tiles == 1 else 0
-        last = settings.tokens * (self._norm(self.hidden, 1) + width * self.hidden + kept)
+        head = width * self.hidden if settings.adapter is None else 0
+        last = settings.tokens * (self._norm(self.hidden, 1) + head + kept)
         # Backward: the gradient of the log-probabilities and that of the logits, each in fp32, beside what is saved.
         loss = 2 * log_probabilities
         if settings.loss_tiles > 1:
@@ -253,16 +215,22 @@ class ActivationModel:
         """What a norm over `groups` vectors of together `size` elements saves a token, its output not counted."""
         match self.layer.norm:
             case "rms":  # the input in fp32, the root of its mean square, the normalised input in the number format
-                return (_FP32 + self.width) * size + _FP32 * groups
+                normalised = self.width if self.settings.adapter is None else 0
+                return (_FP32 + normalised) * size + _FP32 * groups
             case "olmo" | "gemma":  # the normalised input stays fp32 for the product with the weight
                 return 2 * _FP32 * size + _FP32 * groups
             case "layer":  # the input, mean and deviation
                 return self.width * size + 2 * self.width * groups
 
+    def _reads(self, *matrices: str) -> bool:
+        """Whether one of these matrices needs its input for a gradient of weights."""
+        adapter = self.settings.adapter
+        return adapter is None or not adapter.targets.isdisjoint(matrices)
+
     def _norms(self) -> float:
         """Norms of the residual stream, and what the matrices after them keep as their input."""
         hidden, width = self.hidden, self.width
-        inputs = 2 * width * hidden  # of attention and of the MLP
+        inputs = (self._reads(*ATTENTION_INPUTS) + self._reads("gate_proj", "up_proj")) * width * hidden
         before = 2 * self._norm(hidden, 1) if self.layer.before else 0.0
         if self.layer.parallel:
             before -= width * hidden  # both norms read, and LayerNorm saves, the same tensor
@@ -313,7 +281,7 @@ class ActivationModel:
         width, inner = self.width, self.inner
         match self.layer.mlp:
             case "gated":  # gate, its activation, up, and their product
-                return 4 * width * inner
+                return (3 + self._reads("down_proj")) * width * inner
             case "gelu":
                 return 2 * width * inner
             case "relu":  # keeps its result only, which is the next matrix's input
@@ -357,7 +325,7 @@ class ActivationModel:
         return 1 if self.settings.device == "cuda" else self.width
 
 
-def _dropout(layer: _Layer, config: Mapping[str, Any]) -> tuple[float, float] | None:
+def _dropout(layer: Layer, config: Mapping[str, Any]) -> tuple[float, float] | None:
     if layer.dropout is None:
         return None
     (attention, attention_default), (residual, residual_default) = layer.dropout

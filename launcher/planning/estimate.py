@@ -9,17 +9,18 @@ from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import PlanError
 from launcher.planning.accelerators import Accelerator, find_accelerator, find_network
-from launcher.planning.activations import BYTES, LAYERS, ActivationSettings
+from launcher.planning.activations import BYTES, ActivationSettings
 from launcher.planning.calibration import OURS
 from launcher.planning.deepspeed_config import DeepSpeedPlan
 from launcher.planning.families import list_parameters
+from launcher.planning.layers import LAYERS
 from launcher.planning.layout import BatchPlan, Layout, Resources
 from launcher.planning.memory import MemoryPlan, StateSettings, state_settings, uncounted_reason
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.rank_memory import BufferSettings, RankMemory, activations_known, rank_memory, stage_states
 from launcher.planning.sharding import shard
 from launcher.planning.throughput import Machine, StepTime, Work, step_time
-from launcher.planning.trained import Parts, parts_of
+from launcher.planning.trained import Parts, layer_adapter, parts_of
 from launcher.recipe.schema import Recipe
 
 _REDUCED_UNDER_BACKWARD = 0.8
@@ -148,6 +149,7 @@ def estimate_ranks(
             replace(
                 activation_settings(recipe, layout, batch, deepspeed.config, device),
                 micro_batch_size=batch.micro_batch_size * parts.rows,
+                adapter=layer_adapter(recipe, config),
             ),
             buffer_settings(deepspeed.config),
             parts.frozen,

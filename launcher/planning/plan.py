@@ -36,8 +36,9 @@ from launcher.planning.rank_memory import RankMemory
 from launcher.planning.search import SearchResult, nothing_fits, search
 from launcher.planning.stages import pipeline_stages
 from launcher.planning.tiling import tiling_problems
+from launcher.planning.trained import counts_too_much
 from launcher.planning.uncounted import uncounted_task_reason, unsearched_reason
-from launcher.planning.zero_settings import zero_problems
+from launcher.planning.zero_settings import OFFLOADS, device_problems, zero_problems
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tasks import TASKS
 
@@ -117,8 +118,8 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
     elif layout.pipeline_parallel_size > 1:
         message = "a model on the hub is not cut into stages; download it, and name its folder in model_name_or_path"
         problems.append(Problem(message, "parallel.pipeline_parallel_size"))
-    problems += tiling_problems(config or {}, layout, recipe)
     if deepspeed is not None:
+        problems += tiling_problems(config or {}, layout, deepspeed.zero_stage, recipe)
         problems += compile_problems(config or {}, layout, deepspeed.zero_stage, recipe)
     machine = _collect(problems, machine_of, resources, {})
     accelerator = None if machine is None else machine.accelerator
@@ -126,19 +127,17 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
         formats = " or ".join(name for name in accelerator.peak if name != "fp8")
         message = f"is {recipe.training.precision}, which {accelerator.name} does not compute in; set it to {formats}"
         problems.append(Problem(message, "training.precision"))
-    # What is trained in part has activations that are counted too high: nothing is refused for them.
-    reason = uncounted_task_reason(recipe, (config or {}).get("model_type")) or unsearched_reason(recipe)
-    if (
-        reason is None
-        and not problems
-        and deepspeed is not None
-        and config is not None
-        and model_shape(config) is not None
-    ):
+    if not problems and deepspeed is not None and config is not None and _is_counted(recipe, config):
         problems += fit_problems(Candidate(recipe, config, layout, batch, deepspeed, resources))
     if problems or deepspeed is None:
         raise PlanError(recipe.name, problems)
     return _assemble(recipe, resources, layout, batch, config, deepspeed)
+
+
+def _is_counted(recipe: Recipe, config: Mapping[str, Any]) -> bool:
+    """Whether all that a recipe's ranks hold is counted, and not too much of it."""
+    uncounted = uncounted_task_reason(recipe, config.get("model_type"))
+    return uncounted is None and model_shape(config) is not None and not counts_too_much(recipe, config)
 
 
 def _resolved(recipe: Recipe, resources: Resources) -> Recipe:
@@ -163,6 +162,8 @@ def search_layouts(recipe: Recipe, resources: Resources) -> SearchResult:
         raise PlanError(recipe.name, [Problem(f"no layout can be chosen: memory is not counted: {reason}", "parallel")])
     if reason := unsearched_reason(recipe):
         raise PlanError(recipe.name, [Problem(f"no layout can be chosen: {reason}; leave parallel out", "parallel")])
+    if problems := device_problems({name: getattr(recipe.zero, name) for name in OFFLOADS}):
+        raise PlanError(recipe.name, problems)
     if config is None or shape is None:
         reason = "its config is on the hub and is not read here" if config is None else unknown_reason(config)
         message = f"no layout can be chosen without the model, but {reason}; name a folder that holds config.json"
@@ -261,7 +262,7 @@ def _notes(
         notes.append(f"memory is not counted: {reason}")
     elif reason := unknown_reason(config):
         notes.append(f"parameters and memory are not counted: {reason}")
-    elif recipe.adapter is not None or recipe.model.freeze:
+    elif counts_too_much(recipe, config):
         notes.append("activations are counted as if all of the model were trained: they are less")
     if unread := unread_fields(recipe):
         notes.append(f"model.config: transformers knows no {', '.join(unread)} in this family, and ignores it")

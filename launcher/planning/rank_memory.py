@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from launcher.planning.activations import BYTES, LAYERS, ActivationModel, ActivationSettings
+from launcher.planning.activations import BYTES, ActivationModel, ActivationSettings
+from launcher.planning.layers import LAYERS
 from launcher.planning.layout import Layout
 from launcher.planning.memory import MemoryPlan, StateSettings, frozen_bytes, memory_plan
 from launcher.planning.parameters import ParameterTensor

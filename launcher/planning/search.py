@@ -221,7 +221,7 @@ def choices(recipe: Recipe, config: Mapping[str, Any], resources: Resources) -> 
         zeros = list(_zeros(recipe, row, resources.device))
         for layout in _layouts(row, resources.world_size):
             batches = _batches(global_batch, layout)
-            if not batches or model_problems(config, layout, recipe, shape) or tiling_problems(config, layout, recipe):
+            if not batches or model_problems(config, layout, recipe, shape):
                 continue
             legal = [zero for zero in zeros if _trains_under(recipe, config, layout, *zero)]
             for (stage, optimizer, param), batch, recomputes in product(legal, batches, recomputations):
@@ -231,10 +231,10 @@ def choices(recipe: Recipe, config: Mapping[str, Any], resources: Resources) -> 
 def _trains_under(
     recipe: Recipe, config: Mapping[str, Any], layout: Layout, stage: int, optimizer: str, param: str
 ) -> bool:
-    """Whether the recipe's optimizer, and its compiler, go with a stage and its offload."""
+    """Whether the recipe's optimizer, its compiler and its parts of the sequence go with a stage and its offload."""
     offloads = (optimizer, param) != ("none", "none")
-    compiles = compile_problems(config, layout, stage, recipe)
-    return not compiles and not optimizer_problems(recipe, layout, stage, offloads)
+    problems = [*compile_problems(config, layout, stage, recipe), *tiling_problems(config, layout, stage, recipe)]
+    return not problems and not optimizer_problems(recipe, layout, stage, offloads)
 
 
 def _layouts(row: Combination, world_size: int) -> Iterator[Layout]:

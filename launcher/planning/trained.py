@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from launcher.planning.activations import ADAPTED_FAMILIES, ADAPTED_MATRICES, ATTENTION_INPUTS, LayerAdapter
 from launcher.planning.families import list_parameters
 from launcher.planning.parameters import ParameterTensor
 from launcher.planning.sharding import layer_of
@@ -92,6 +93,22 @@ def _adapted(
 def _is_target(tensor: ParameterTensor, module: str, targets: Sequence[str]) -> bool:
     named = any(module == target or module.endswith(f".{target}") for target in targets)
     return named and len(tensor.shape) == 2 and layer_of(tensor) is not None
+
+
+def layer_adapter(recipe: Recipe, config: Mapping[str, Any]) -> LayerAdapter | None:
+    """The adapter under which a recipe's activations are known; `None` without one, and where they are not."""
+    section = recipe.adapter
+    if section is None or section.method not in ("lora", "rslora") or section.lora_dropout:
+        return None
+    named = section.target_modules or _PEFT_TARGETS.get(config["model_type"], ())
+    targets = frozenset(name.rpartition(".")[2] for name in named)
+    known = config["model_type"] in ADAPTED_FAMILIES and targets <= ADAPTED_MATRICES
+    return LayerAdapter(section.r, targets) if known and targets & ATTENTION_INPUTS else None
+
+
+def counts_too_much(recipe: Recipe, config: Mapping[str, Any]) -> bool:
+    """Whether activations are counted as if all of the model were trained, although a part is."""
+    return bool(recipe.model.freeze) or (recipe.adapter is not None and layer_adapter(recipe, config) is None)
 
 
 def uncounted_adapter_reason(section: AdapterSection, model_type: str | None) -> str | None:

@@ -19,19 +19,28 @@ def zero_problems(zero: Mapping[str, Any], layout: Layout) -> list[Problem]:
     return [*_offload_problems(zero, stage), *_hpz_problems(zero, stage, layout), *_quantized_problems(zero)]
 
 
+def device_problems(devices: Mapping[str, str | None]) -> list[Problem]:
+    """Say why states cannot be offloaded to a device, by the name of what is offloaded; empty when they can."""
+    message = (
+        "is {}, from where no run of ours has gone on: DeepSpeed copies swap files beside a checkpoint, and neither "
+        "another layout nor export reads them (runtime/engine.py: save_checkpoint); set it to cpu"
+    )
+    return [
+        Problem(message.format(device), f"zero.{name}")
+        for name, device in devices.items()
+        if device not in (None, "none", "cpu")
+    ]
+
+
 def _offload_problems(zero: Mapping[str, Any], stage: int) -> list[Problem]:
-    problems = []
+    devices = {name: (zero.get(name) or {}).get("device", "none") for name in OFFLOADS}
+    problems = device_problems(devices)
     for name, stages in OFFLOADS.items():
-        device = (zero.get(name) or {}).get("device", "none")
-        if device not in ("none", "cpu"):
-            message = (
-                f"is {device}, from where no run of ours has gone on: DeepSpeed copies swap files beside a checkpoint, "
-                "and neither another layout nor export reads them (runtime/engine.py: save_checkpoint); set it to cpu"
-            )
-            problems.append(Problem(message, f"zero.{name}"))
-        if device != "none" and stage not in stages:
+        if devices[name] != "none" and stage not in stages:
             wanted = "1, 2 or 3" if len(stages) > 1 else "3"
-            message = f"is {device}, but ZeRO stage {stage} has nothing to offload there; set zero.stage to {wanted}"
+            message = (
+                f"is {devices[name]}, but ZeRO stage {stage} has nothing to offload there; set zero.stage to {wanted}"
+            )
             problems.append(Problem(message, f"zero.{name}"))
     return problems
 

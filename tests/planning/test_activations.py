@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.models.tiling import tile_loss, tile_mlps, tiled_loss_sum
-from launcher.planning.activations import LAYERS, ActivationModel, ActivationSettings
+from launcher.planning.activations import ADAPTED_FAMILIES, ActivationModel, ActivationSettings, LayerAdapter
 from launcher.planning.families import FAMILIES, list_parameters
+from launcher.planning.layers import LAYERS
 from tests.support.live_storages import LiveStorages
 from tests.support.small_models import small
 
@@ -45,15 +47,19 @@ def measure(config: dict[str, Any], wanted: ActivationSettings) -> tuple[int, in
     model = model.to(DTYPES[wanted.precision]).train()
     if wanted.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if wanted.adapter is not None:
+        targets = sorted(wanted.adapter.targets)
+        model = get_peft_model(model, LoraConfig(r=wanted.adapter.rank, target_modules=targets)).to(model.dtype)
     if wanted.mlp_tiles > 1:
         tile_mlps(model, wanted.mlp_tiles)
     if wanted.loss_tiles > 1:
         tile_loss(model)
-    for parameter in model.parameters():
+    for parameter in filter(lambda each: each.requires_grad, model.parameters()):
         parameter.grad = torch.zeros_like(parameter)  # so that gradients are no news to the count
     shape, length = (wanted.micro_batch_size, wanted.sequence_length), wanted.sequence_length
     counter = LiveStorages()
-    counter.ignore([*model.parameters(), *model.buffers(), *(parameter.grad for parameter in model.parameters())])
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    counter.ignore([*model.parameters(), *model.buffers(), *grads])
     with counter:
         ids, labels = (torch.randint(1, made.vocab_size, shape) for _ in range(2))
         positions = (torch.arange(length) % (length // 2 if wanted.packed else length)).repeat(shape[0], 1).clone()
@@ -149,6 +155,26 @@ def test_parts_of_the_sequence_keep_less(name: str, precision: str) -> None:
 def test_balanced_routers_keep_their_probabilities(family: str, changes: dict[str, Any]) -> None:
     wanted = replace(PLAIN, balances_experts=True, **changes)
     config = small(family, num_local_experts=32)
+    kept, peak = measure(config, wanted)
+    planned_kept, planned_peak = planned(config, wanted)
+    assert planned_kept == pytest.approx(kept, rel=0.02)
+    assert planned_peak >= 0.97 * peak
+
+
+LORA = {
+    "queries-and-values": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+CHECKPOINTING = {"gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "fp32"}, CHECKPOINTING, {"packed": True}], ids=str)
+@pytest.mark.parametrize("targets", LORA)
+@pytest.mark.parametrize("family", sorted(ADAPTED_FAMILIES))
+def test_an_adapter_keeps_less(family: str, targets: str, changes: dict[str, Any]) -> None:
+    wanted = replace(PLAIN, adapter=LayerAdapter(8, frozenset(LORA[targets])), **changes)
+    config = small(family)
     kept, peak = measure(config, wanted)
     planned_kept, planned_peak = planned(config, wanted)
     assert planned_kept == pytest.approx(kept, rel=0.02)

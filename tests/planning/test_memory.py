@@ -219,7 +219,7 @@ def test_the_plan_is_what_two_real_ranks_hold(measured: dict[str, tuple[Plan, di
 def test_what_is_trained_in_part_or_beside_a_reference(
     measured: dict[str, tuple[Plan, dict[str, int]]], name: str
 ) -> None:
-    """The states to 2 %; activations are counted as if all of the model were trained."""
+    """All to 2 % where it is counted exactly; activations are counted too high under DoRA and with frozen weights."""
     plan, found = measured[name]
     memory = plan.memory
     assert memory is not None
@@ -233,6 +233,8 @@ def test_what_is_trained_in_part_or_beside_a_reference(
     assert plan.ranks is not None
     (rank,) = plan.ranks
     assert rank.activations >= 0.98 * found["activations"]
+    if not name.startswith(("dora", "frozen")):
+        assert rank.activations == pytest.approx(found["activations"], rel=0.02)
     assert found["gathered"] <= rank.buffers
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.errors import PlanError
 from launcher.planning.layout import Resources
-from launcher.planning.plan import make_plan, replan
+from launcher.planning.plan import make_plan, replan, search_layouts
 from launcher.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -52,6 +52,10 @@ def zero_keys(**keys: Any) -> dict[str, Any]:
             {"training.mlp_tiles": 2, "model.config": QWEN_MOE},
             "training.mlp_tiles: is not proved for qwen3_moe; leave it out, or train one of gemma, llama, mistral, "
             "qwen2, qwen3",
+        ),
+        (
+            {"training.loss_tiles": 2, "model.config.tie_word_embeddings": True, "zero.stage": 2},
+            "training.loss_tiles: does not go with tied embeddings under ZeRO stage 2, which reduces their ",
         ),
         (
             {"training.loss_tiles": 2, "parallel.tensor_parallel_size": 2},
@@ -103,6 +107,15 @@ def test_a_run_keeps_a_number_of_workers_that_its_second_copies_divide(make_reci
     assert replan(plan, 2).layout.world_size == 2
     with pytest.raises(PlanError, match="is 2, which does not divide 3 workers"):
         replan(plan, 3)
+
+
+def test_states_are_not_offloaded_to_nvme(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe({"zero": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme"}})
+    for plan in (make_plan, search_layouts):
+        with pytest.raises(PlanError) as caught:
+            plan(recipe, Resources(workers_per_node=4))
+        assert [problem.where for problem in caught.value.problems] == ["zero.offload_optimizer", "zero.offload_param"]
+        assert "is nvme, from where no run of ours has gone on" in str(caught.value)
 
 
 def test_fp8_is_refused_with_what_it_needs(make_recipe: MakeRecipe) -> None:

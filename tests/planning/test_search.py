@@ -252,7 +252,7 @@ def test_a_comparison_shows_both_plans(make_recipe: MakeRecipe) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"adapter": {"method": "lora"}}, {"model.freeze": ["*.embed_tokens.*"]}], ids=["adapter", "frozen"]
+    "changes", [{"adapter": {"method": "dora"}}, {"model.freeze": ["*.embed_tokens.*"]}], ids=["adapter", "frozen"]
 )
 def test_what_is_not_training_of_all_parameters_is_neither_refused_nor_searched(
     make_recipe: MakeRecipe, changes: dict[str, Any]
@@ -264,3 +264,17 @@ def test_what_is_not_training_of_all_parameters_is_neither_refused_nor_searched(
     assert "activations are counted as if all of the model were trained: they are less" in plan.notes
     with pytest.raises(PlanError, match="no layout can be chosen: it is trained in part, which is data parallel"):
         search_layouts(recipe, H100)
+
+
+def test_an_adapter_is_refused_where_it_does_not_fit(make_recipe: MakeRecipe) -> None:
+    training = {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 1}
+    lora = {**BIG, "data.sequence_length": 4096, "zero.stage": 1, "adapter": {"method": "lora"}}
+    plan = make_plan(make_recipe({**lora, "training": training}), H100)
+    assert plan.ranks is not None
+    assert not any("activations" in note for note in plan.notes)
+    assert plan.ranks[0].states.optimizer < 2**30
+    message = refusal(
+        make_recipe({**lora, "training": {**training, "global_batch_size": 64, "micro_batch_size": 8}}), H100
+    )
+    assert message.startswith("training.micro_batch_size a rank needs ")
+    assert "or with training.gradient_checkpointing true" in message

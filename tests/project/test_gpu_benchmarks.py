@@ -1,5 +1,6 @@
 """The benchmarks of a GPU: their path runs on a CPU with small models, and without a GPU they refuse to measure one."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from launcher.planning.layout import Resources
+from launcher.planning.plan import make_plan
 from tests.support.unmeasured import unmeasured_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,8 +46,8 @@ def results(script: str, *arguments: str) -> list[dict[str, Any]]:
 
 @pytest.mark.distributed
 def test_the_path_of_the_throughput_cases_runs() -> None:
-    found = results("throughput.py", "pretrain", "offload", "--steps", "1", "--warm-up", "1")
-    assert [result["name"] for result in found] == ["pretrain", "offload"]
+    found = results("throughput.py", "pretrain", "lora", "offload", "long", "--steps", "1", "--warm-up", "1")
+    assert [result["name"] for result in found] == ["pretrain", "lora", "offload", "long"]
     for result in found:
         assert result["tokens_per_second"] > 0
         assert result["mfu"] is None  # a CPU's peak is not known
@@ -56,6 +59,15 @@ def test_the_path_of_the_memory_table_runs() -> None:
     found = results("memory.py")
     assert len(found) == 2
     assert all(result["planned_bytes"] > 0 for result in found)
+
+
+def test_every_case_fits_the_gpu_that_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    harness, throughput = importlib.import_module("harness"), importlib.import_module("throughput")
+    h100 = Resources(workers_per_node=1, device="cuda", accelerator="H100-80GB")
+    for case in throughput.CASES.values():
+        plan = make_plan(harness.make_case_plan(case, "cpu").recipe, h100)
+        assert plan.ranks is not None, case.name
 
 
 def test_an_unknown_case_is_named() -> None:
