@@ -103,6 +103,10 @@ class Arm:
             return [int(worker["pid"]) for worker in self.events("running")[-1]["workers"]]
         return [int((self.folder / f"pid_{rank}").read_text()) for rank in range(WORKERS)]
 
+    def has_saved(self) -> bool:
+        """Whether there is a checkpoint to go back to."""
+        return bool(self.last_record()["step"] >= SAVE_STEPS + 5)
+
     def is_ready(self) -> bool:
         """Whether as many spares wait as there are workers, where there are any."""
         if self.name != "zerofleet warm":
@@ -171,7 +175,7 @@ def kill_again_and_again(bench: Bench, name: str, kills: int, seed: int) -> dict
         try:
             if arm is None:
                 arm = Arm(bench, name, number)
-                arm.wait(lambda arm=arm: arm.last_record()["step"] >= SAVE_STEPS + 5, "first steps")
+                arm.wait(arm.has_saved, "first steps")
             time.sleep(pause)
             arm.wait(arm.is_ready, "spares")
             figures.append(arm.kill(victim))
