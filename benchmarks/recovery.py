@@ -32,8 +32,9 @@ ARMS = ("zerofleet warm", "zerofleet cold", "torchrun", "ray train")
 SAVE_STEPS = 50
 RECOVERY_TIMEOUT_S = 120.0
 POLL_S = 0.01
-LEDGER_S = 6.0
-"""After which our driver has written what the last recovery was spent on."""
+LEDGER_S = 30.0
+"""In which our driver writes what the last recovery was spent on: it does so every few seconds."""
+START_TIMEOUT_S = 240.0
 SETTLE_S = (4.0, 8.0)
 """How long an arm trains at least before each kill: drawn from between these."""
 
@@ -127,13 +128,13 @@ class Arm:
         running = self.events("running")
         return len(running) > int(str(attempt)) and bool(record["time"] > running[-1]["time"])
 
-    def wait(self, condition: Callable[[], bool], what: str) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, timeout: float = RECOVERY_TIMEOUT_S) -> None:
         """Poll often.
 
         Raises:
             RuntimeError: the run ended, or takes too long.
         """
-        deadline = time.monotonic() + RECOVERY_TIMEOUT_S
+        deadline = time.monotonic() + timeout
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"no {what}; the log ends with\n{self.log.read_text(errors='replace')[-2000:]}")
@@ -175,7 +176,7 @@ def kill_again_and_again(bench: Bench, name: str, kills: int, seed: int) -> dict
         try:
             if arm is None:
                 arm = Arm(bench, name, number)
-                arm.wait(arm.has_saved, "first steps")
+                arm.wait(arm.has_saved, "first steps", START_TIMEOUT_S)
             time.sleep(pause)
             arm.wait(arm.is_ready, "spares")
             figures.append(arm.kill(victim))
@@ -187,8 +188,9 @@ def kill_again_and_again(bench: Bench, name: str, kills: int, seed: int) -> dict
             arm = None
     if arm is not None:
         if arm.ours:
-            time.sleep(LEDGER_S)
-            parts = arm.parts()
+            deadline = time.monotonic() + LEDGER_S
+            while "recovery: load" not in (parts := arm.parts()) and time.monotonic() < deadline:
+                time.sleep(POLL_S)
         arm.end()
     found: dict[str, Any] = {"recovered": len(figures), "figures": figures, "parts": parts}
     if figures:

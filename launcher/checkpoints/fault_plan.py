@@ -16,7 +16,7 @@ from typing import Any
 
 SWITCH = "ZEROFLEET_TEST_FAULT_PLAN"
 """Name of the variable that holds the plan's path."""
-MARK_TIMEOUT_S = 60.0
+MARK_TIMEOUT_S = 300.0
 ANY_STEP = -1
 """Step of a point within a save, which does not know the step; an entry counts the times it comes by instead."""
 

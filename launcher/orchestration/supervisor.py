@@ -19,8 +19,9 @@ from launcher.orchestration.policy import FailurePolicy, Incident, Retry
 from launcher.orchestration.states import Group, GroupStatus, RunState
 from launcher.training.context import Phase
 
-ECHO_GRACE_S = 2.0
-"""How long to wait for the cause when only echoes were heard; Ray reports a killed process within about a second."""
+ECHO_GRACE_S = 5.0
+"""How long to wait for the cause when only echoes were heard; Ray reports a killed process within about a second, and
+what ended with its raylet when a call to it fails."""
 WAIT_INTERVAL_S = 0.5
 """Between two looks while a delay passes: a request to stop must not wait for it."""
 NODES_INTERVAL_S = 5.0

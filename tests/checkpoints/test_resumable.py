@@ -127,6 +127,22 @@ def test_another_model_is_refused_whatever_the_recipe_says_of_data() -> None:
     assert "data.on_change" not in text
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"type": "lion"}, r"optimizer\.type: adamw in the checkpoint, lion in the recipe"),
+        ({"unfreeze_every_steps": 5}, r"optimizer\.unfreeze_every_steps: not set in the checkpoint, 5 in the recipe"),
+        (
+            {"layer_wise_lr_decay": 0.9},
+            r"optimizer\.layer_wise_lr_decay: not set in the checkpoint, 0\.9 in the recipe",
+        ),
+    ],
+)
+def test_states_of_another_optimizer_or_in_other_groups_are_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        decide(saved_with(), plan_with(optimizer=change))
+
+
 @pytest.mark.parametrize("change", [{}, {"sequence_length": 16}])
 def test_other_data_is_refused_unless_the_recipe_allows_it(change: dict[str, Any]) -> None:
     text = refusal(saved_with(), plan_with(data=change), "0" * 32)

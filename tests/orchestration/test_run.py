@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from launcher.checkpoints import folders
+from launcher.checkpoints.fault_plan import SWITCH
 from launcher.checkpoints.manifest import read_manifest
 from launcher.orchestration.journal import read_account
 from launcher.run_directory import RunDirectory, read_json_lines
@@ -56,15 +57,25 @@ def check_account(directory: RunDirectory, began: float, ended: float) -> None:
     assert {"training", "checkpoint", "lost work", "recovery: import", "start-up: import"} <= set(found.seconds)
 
 
+def interrupted(zerofleet: Zerofleet, directory: RunDirectory, *arguments: str) -> tuple[int, str, str]:
+    """Run, and Ctrl-C after a few steps; slow ones, so that the run is not over before it is heard."""
+    plan = directory.path.with_name("slow.json")
+    plan.write_text(json.dumps([{"fault": "slow", "point": "phase.data", "rank": 0, "seconds": 0.1}]))
+    fast, zerofleet.environment = zerofleet.environment, {**zerofleet.environment, SWITCH: str(plan)}
+    process = zerofleet.start("run", str(zerofleet.recipe), "--run-dir", str(directory.path), *arguments)
+    zerofleet.environment = fast
+    wait_for_step(directory, 6)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
 def test_ctrl_c_saves_and_the_same_command_continues(
     zerofleet: Zerofleet, uninterrupted: RunDirectory, tmp_path: Path
 ) -> None:
     directory = RunDirectory.at(tmp_path / "run")
-    process = zerofleet.start("run", str(zerofleet.recipe), "--run-dir", str(directory.path))
-    wait_for_step(directory, 6)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    code, out, err = interrupted(zerofleet, directory)
+    assert code == 130, err
     assert "stopped and saved at step" in out
     assert "Traceback" not in err
     newest = folders.complete(directory.checkpoints)[-1]
@@ -84,17 +95,14 @@ def test_another_machine_goes_on_from_an_s3_server_alone(
 ) -> None:
     with s3_server(tmp_path / "s3.log") as environment:
         zerofleet.environment = zerofleet.environment | environment
-        settings = (str(zerofleet.recipe), f"checkpoint.directory=s3://{BUCKET}/run")
+        elsewhere = f"checkpoint.directory=s3://{BUCKET}/run"
         lost = RunDirectory.at(tmp_path / "lost")
-        process = zerofleet.start("run", *settings, "--run-dir", str(lost.path))
-        wait_for_step(lost, 6)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 130, err
+        code, _, err = interrupted(zerofleet, lost, elsewhere)
+        assert code == 130, err
         step = folders.step_of(folders.complete(lost.checkpoints)[-1])
         shutil.rmtree(lost.path)
         directory = RunDirectory.at(tmp_path / "run")
-        code, _, err = zerofleet.run("run", *settings, "--run-dir", str(directory.path))
+        code, _, err = zerofleet.run("run", str(zerofleet.recipe), elsewhere, "--run-dir", str(directory.path))
         assert code == 0, err
         assert f"fetched step_{step:08} from s3://{BUCKET}/run" in err
     losses, samples = records(uninterrupted)
@@ -111,10 +119,10 @@ def test_a_second_ctrl_c_ends_at_once(zerofleet: Zerofleet, tmp_path: Path) -> N
     pids = worker_pids(directory)
     os.kill(pids[0], signal.SIGSTOP)  # now no step can end, so the first Ctrl-C alone would wait
     process.send_signal(signal.SIGINT)
-    time.sleep(1)
+    wait_for(lambda: "draining" in [event["state"] for event in read_json_lines(directory.events)], "the first one")
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "ended at once" in err
     for pid in pids.values():

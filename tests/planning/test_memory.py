@@ -160,7 +160,7 @@ def run_ranks(folder: Path, plans: list[Plan]) -> list[list[dict[str, int]]]:
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout=240) for process in ranks]
+        codes = [process.wait(timeout=600) for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -25,7 +25,7 @@ def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -45,6 +45,7 @@ def results(script: str, *arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(700)
 def test_the_path_of_the_throughput_cases_runs() -> None:
     found = results("throughput.py", "pretrain", "lora", "offload", "long", "--steps", "1", "--warm-up", "1")
     assert [result["name"] for result in found] == ["pretrain", "lora", "offload", "long"]
@@ -55,6 +56,7 @@ def test_the_path_of_the_throughput_cases_runs() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(700)
 def test_the_path_of_the_memory_table_runs() -> None:
     found = results("memory.py")
     assert len(found) == 2

@@ -33,6 +33,7 @@ def compiler(one_rank: Ranks) -> Iterator[None]:
 
 @pytest.mark.matrix
 @pytest.mark.distributed
+@pytest.mark.timeout(900)  # of a compiler that has compiled nothing before
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_layers(name: str, ranks_of: RanksOf, equality: Equality, compiler: None) -> None:
     family, settings = COMPILED[name]
