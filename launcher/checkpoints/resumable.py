@@ -9,11 +9,13 @@ from launcher.errors import CheckpointError
 from launcher.planning.layout import Layout
 from launcher.planning.plan import Plan, replan
 from launcher.recipe.loading import differences
+from launcher.recipe.training_sections import OptimizerSection
 
-FIXED_SECTIONS = ("task", "seed", "model", "tokenizer", "data")
+FIXED_SECTIONS = ("task", "seed", "model", "tokenizer", "data", "optimizer.type")
 """Recipe sections that a resumed run must share with its checkpoint; the others (schedule, batch, ...) may change."""
 FREE_FIELDS = ("data.cache_directory", "data.preprocessing_num_workers", "data.on_change", "model.kernels")
 """Fields in them that change nothing of what is learned."""
+LAYERED = ("optimizer.layer_wise_lr_decay", "optimizer.unfreeze_every_steps")
 BATCH_FIELDS = tuple(
     f"training.{name}" for name in ("micro_batch_size", "gradient_accumulation_steps", "global_batch_size")
 )
@@ -75,11 +77,19 @@ def unconvertible_reason(manifest: Manifest) -> str | None:
 
 def recipe_changes(manifest: Manifest, plan: Plan) -> list[str]:
     """What the checkpoint learned from or with that the plan would change, a line each; empty when it can continue."""
-    return [
+    changes = [
         line
         for line in differences(manifest.recipe, plan.recipe, FIXED_SECTIONS)
         if not line.startswith(tuple(f"{field}:" for field in FREE_FIELDS))
     ]
+    if has_layers(manifest.recipe.optimizer) != has_layers(plan.recipe.optimizer):
+        changes += differences(manifest.recipe, plan.recipe, LAYERED)
+    return changes
+
+
+def has_layers(optimizer: OptimizerSection) -> bool:
+    """Whether each layer is a group of its own, whose states stand in the checkpoint group by group."""
+    return optimizer.layer_wise_lr_decay is not None or optimizer.unfreeze_every_steps is not None
 
 
 def check_resumable(manifest: Manifest, plan: Plan, data_fingerprint: str, folder: Path) -> Resumption:

@@ -44,9 +44,11 @@ def read_wave(audio: Any, rate: int) -> NDArray[np.float32]:
 def _decoded(audio: Any) -> tuple[int, NDArray[Any]]:
     from scipy.io import wavfile
 
-    if audio["bytes"] is None and not audio["path"]:
+    content, path = audio.get("bytes"), audio.get("path")
+    if content is None and not path:
         raise ValueError("there is neither a sound nor a path to one")
-    content = audio["bytes"] if audio["bytes"] is not None else Path(audio["path"]).read_bytes()
+    if content is None:
+        content = Path(path).read_bytes()
     length = int.from_bytes(content[4:8], "little")
     if length not in _UNKNOWN_LENGTHS and length + 8 > len(content):
         raise ValueError("the file is cut short")  # scipy would return what there is

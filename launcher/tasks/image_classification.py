@@ -47,7 +47,9 @@ class ImageInput:
 
     def digest(self, image: Any) -> str:
         """A hash of a picture, by which it is held out or not."""
-        return xxh3_128_hexdigest(image["bytes"] or b"" if isinstance(image, dict) else np.asarray(image).tobytes())
+        if isinstance(image, dict):
+            return xxh3_128_hexdigest(image["bytes"] or str(image.get("path")).encode())
+        return xxh3_128_hexdigest(np.asarray(image).tobytes())
 
     def field(self) -> Field:
         """Form of the pixels."""

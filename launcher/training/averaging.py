@@ -52,12 +52,13 @@ class WeightAverage:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within the block the model has the averaged weights; collective. No optimizer step may be made in it."""
+        """Within the block the model has the averaged weights; collective. No optimizer step may be made in it.
+
+        An exception ends the training, and leaves them: the other ranks are elsewhere and would not take part.
+        """
         self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
+        yield
+        self._swap()
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -28,7 +28,8 @@ def whole_model(plan: Plan, prepared: PreparedData) -> tuple[Plan, Task, Any]:
     """
     training = plan.recipe.training.model_copy(
         update={"precision": "fp32", "global_batch_size": None, "gradient_accumulation_steps": None,
-                "micro_batch_size": plan.batch.micro_batch_size, "gradient_checkpointing": False}
+                "micro_batch_size": plan.batch.micro_batch_size, "gradient_checkpointing": False,
+                "torch_compile": False, "mlp_tiles": 1, "loss_tiles": 1}
     )  # fmt: skip
     update = {"training": training, "parallel": ParallelSection(), "zero": ZeroSection(stage=0)}
     deepspeed = plan.recipe.deepspeed.model_copy(update={"config": None, "overrides": {}})

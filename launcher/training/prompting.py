@@ -151,11 +151,13 @@ def answer_scores(
     """Log-probability of each answer after a question, in nats, summed over its tokens.
 
     Raises:
-        DataError: question and answer are longer than `longest` tokens.
+        DataError: the question is empty, or with its answer longer than `longest` tokens.
     """
     scores = []
     asked = tokenizer(question, return_token_type_ids=False)["input_ids"]
     asked = _without_end(asked, tokenizer)
+    if not asked:
+        raise DataError("a question has no tokens; write something into the template before the answer")
     for answer in answers:
         own = tokenizer(answer, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([asked + own])
@@ -163,7 +165,8 @@ def answer_scores(
             raise DataError(
                 f"a question has {ids.shape[1]} tokens, but the model reads {longest}; ask with fewer shots"
             )
-        log_probabilities = F.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
+        logits = model(input_ids=ids).logits[0, -ids.shape[1] :]  # a prompt that an adapter learned stands before them
+        log_probabilities = F.log_softmax(logits.float(), dim=-1)
         places = range(len(asked) - 1, ids.shape[1] - 1)
         scores.append(sum(float(log_probabilities[place, token]) for place, token in zip(places, own, strict=True)))
     return scores

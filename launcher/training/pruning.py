@@ -13,6 +13,7 @@ from launcher.data.store import PreparedData
 from launcher.errors import ExpectedError
 from launcher.models.build import DTYPES
 from launcher.planning.plan import Plan
+from launcher.tasks import Task
 from launcher.training.export import tokenizer_of, write_folder
 from launcher.training.offline import held_out, load_checkpoint, measure_alone
 
@@ -91,5 +92,16 @@ def export_pruned(
     after = {"loss": evaluation.loss, **metrics.values}
     model.config.use_cache = True
     dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
+    _restore_scalars(model, task)
     write_folder(model.to(dtype), target, tokenizer_of(model, plan, prepared.tokenizer_directory))
     return Pruned(zeros, weights, before, after)
+
+
+def _restore_scalars(model: Any, task: Task) -> None:
+    """Give parameters that are trained as vectors of one element (CLIP's temperature) their own shape again."""
+    with torch.device("meta"):
+        plain = task.auto_class.from_config(model.config)
+    for name, parameter in plain.named_parameters():
+        if parameter.ndim == 0:
+            own = model.get_parameter(name)
+            own.data = own.data.view(())
