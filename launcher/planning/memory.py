@@ -194,7 +194,7 @@ def _stage_1_and_2(parameters: Sequence[ParameterTensor], settings: StateSetting
     partition = sum(partitions)
     elements = sum(tensor.numel for tensor in parameters)
     per_group = [_reached(group, size, ranks) for group, size in zip(groups, partitions, strict=True)]
-    reached = max(map(sum, zip(*per_group, strict=True)))
+    reached = max(map(sum, zip(*per_group, strict=True)), default=0)  # nothing is trained where a pattern is misspelt
     weights = partition * ranks * item
     states = partition * (_FP32 + settings.moments)
     if not settings.offload_optimizer:

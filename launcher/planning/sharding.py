@@ -71,7 +71,7 @@ class StageParameters:
     @cached_property
     def largest(self) -> int:
         """Elements of the largest trained parameter."""
-        return max(tensor.numel for tensor in self.parameters)
+        return max((tensor.numel for tensor in self.parameters), default=0)
 
     @cached_property
     def largest_in_layers(self) -> int:
