@@ -55,6 +55,14 @@ class HashedFile:
             raise
         return length
 
+    def sync(self) -> None:
+        """Wait until what was written is on the disk; the end of the block does so in any case."""
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            self.error = error
+            raise
+
     def flush(self) -> None:
         """Do nothing: no byte is held back, and the end of the block waits for the disk."""
 

@@ -48,6 +48,7 @@ class Save:
         token: of the save, the same on every rank.
         manifest: of the checkpoint, without files.
         buffer: holds this rank's files.
+        gently: nobody waits for it.
         began: monotonic seconds, when the save was asked for.
         errors: what went wrong on this rank before the writing began.
         copied: monotonic seconds, when training went on.
@@ -58,6 +59,7 @@ class Save:
     manifest: Manifest
     buffer: HostBuffer
     began: float
+    gently: bool = False
     errors: list[str] = field(default_factory=list)
     copied: float = 0.0
 
@@ -140,7 +142,7 @@ class BackgroundSaver:
         records: dict[str, FileRecord] = {}
         errors = save.errors
         if not errors:
-            records, errors = self._writer.write(save.incomplete, save.buffer)
+            records, errors = self._writer.write(save.incomplete, save.buffer, gently=save.gently)
         part = RankManifest(rank=self.rank, token=save.token, files=records)
         errors = errors or attempted(lambda: folders.write_rank_manifest(save.incomplete, part))
         host = socket.gethostname()

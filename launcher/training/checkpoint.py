@@ -162,7 +162,9 @@ class CheckpointManager:
     def _copy(self, engine: Any, progress: Progress, reason: str, folder: CollectiveFolder, began: float) -> None:
         background = self.background = self.background or BackgroundSaver(self._committed)
         buffer = background.free_buffer()
-        save = Save(folder.incomplete, folder.token, self._manifest(progress, reason), buffer, began)
+        save = Save(
+            folder.incomplete, folder.token, self._manifest(progress, reason), buffer, began, reason not in WAITED_FOR
+        )
         self.files.begin(folder.incomplete, buffer)
         self._hand_over(engine, folder)
         save.errors.extend(self.files.errors)

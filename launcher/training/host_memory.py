@@ -104,9 +104,17 @@ class Writer:
             start_new_session=True,  # Ctrl-C is for the training
         )
 
-    def write(self, folder: Path, buffer: HostBuffer) -> tuple[dict[str, FileRecord], list[str]]:
-        """Write a buffer's files into a folder; returns when they are on the disk, or with what went wrong."""
-        job = {"folder": str(folder), "buffer": buffer.descriptor, "files": buffer.files}
+    def write(
+        self, folder: Path, buffer: HostBuffer, *, gently: bool = False
+    ) -> tuple[dict[str, FileRecord], list[str]]:
+        """Write a buffer's files into a folder; returns when they are on the disk, or with what went wrong.
+
+        Args:
+            folder: to write into.
+            buffer: that holds the files.
+            gently: take longer, and disturb what runs on the same cores less.
+        """
+        job = {"folder": str(folder), "buffer": buffer.descriptor, "files": buffer.files, "gently": gently}
         answer = self._ask(job)
         if answer is None:
             code = self._process.wait()
