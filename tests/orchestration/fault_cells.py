@@ -15,6 +15,16 @@ from tests.orchestration.conftest import wait_for
 
 SAVE_STEPS = 25
 LENGTH = 150
+PLACES = (
+    ("phase.engine", 1, None),
+    ("phase.data", 1, 17),
+    ("phase.forward", 0, 38),
+    ("phase.backward", 1, 61),
+    ("phase.save", 0, 75),
+    ("commit.renamed", 0, None),
+    ("phase.evaluate", 1, 100),
+)
+"""All over a run: where in a worker's life, which rank, after how many steps (None: the first time)."""
 SETTINGS = (
     # A save beside the training may take a second interval with it: tests/training/test_checkpoint_kills.py.
     *(f"save_steps={SAVE_STEPS}", "asynchronous=false"),

@@ -13,6 +13,7 @@ from launcher.run_directory import RunDirectory, read_json_lines
 from tests.orchestration.conftest import Zerofleet, records, wait_for, worker_pids
 from tests.orchestration.fault_cells import (
     LENGTH,
+    PLACES,
     SAVE_STEPS,
     SETTINGS,
     Cell,
@@ -24,15 +25,6 @@ from tests.orchestration.fault_cells import (
 
 pytestmark = [pytest.mark.ray, pytest.mark.distributed]
 
-PLACES = (
-    ("phase.engine", 1, None),
-    ("phase.data", 1, 17),
-    ("phase.forward", 0, 38),
-    ("phase.backward", 1, 61),
-    ("phase.save", 0, 75),
-    ("commit.renamed", 0, None),
-    ("phase.evaluate", 1, 100),
-)
 CHAINS = [
     [Cell("sigkill", "commit.renamed", 0)],
     [Cell("sigkill", *place) for place in PLACES],

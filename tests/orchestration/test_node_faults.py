@@ -23,6 +23,7 @@ from launcher.run_directory import RunDirectory, read_json_lines
 from tests.orchestration.conftest import records, wait_for
 from tests.orchestration.fault_cells import (
     LENGTH,
+    PLACES,
     SAVE_STEPS,
     SETTINGS,
     Cell,
@@ -42,15 +43,6 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"hardware: machines need {', '.join(missing())}"),
 ]
 
-PLACES = (
-    ("phase.engine", 1, None),
-    ("phase.data", 1, 17),
-    ("phase.forward", 0, 38),
-    ("phase.backward", 1, 61),
-    ("phase.save", 0, 75),
-    ("commit.renamed", 0, None),
-    ("phase.evaluate", 1, 100),
-)
 CHAINS = [
     [Cell("raylet", "phase.forward", 1, 17), Cell("cable", "commit.gathered", 0)],
     *([Cell(fault, *place) for place in PLACES] for fault in ("raylet", "cable", "driver")),
