@@ -177,8 +177,9 @@ class OtherNode(NodeAgent):
         index = self.place.index
         ports = port_block(f"{self.place.port_key}/{index}", self.place.address, skip=attempt - 1)
         say(f"ray: joining {head_address} as {self.place.address}")
+        cluster = RaySecrets(token, self.spec.node_timeout_s)
         ray = start_worker(
-            head_address, self.place.address, ports, self.resources, RaySecrets(token), log=self.folder.ray_log(index)
+            head_address, self.place.address, ports, self.resources, cluster, log=self.folder.ray_log(index)
         )
         self.ray, joined = ray, False
         while self.folder.outcome() is None and not self.ending_now:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cluster.errors import ExpectedError
 from cluster.processes import end_tree, prepare_child
+from cluster.types import DEFAULT_NODE_TIMEOUT_S, NODE_TIMEOUT_VARIABLE
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """Heartbeats are all that crosses Ray; the least that Ray takes without complaint is 75 MiB."""
@@ -39,6 +40,9 @@ _METRIC_PORTS = ("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT")
 PORTS_PER_NODE = len(PORT_OPTIONS) + len(HEAD_PORT_OPTIONS) + len(_METRIC_PORTS)
 PORT_RANGE = range(20_000, 32_000)
 """Below Linux' range for outgoing connections (32768 and up), above what daemons usually take."""
+
+HEALTH_CHECKS = 5
+"""So many health checks in a row a node must miss before it is given up."""
 
 _STARTED = b"Ray runtime started"
 
@@ -66,9 +70,11 @@ class RaySecrets:
 
     Attributes:
         token: of Ray's token authentication.
+        node_timeout_s: how long a node that dies or is cut off may stay unnoticed.
     """
 
     token: str
+    node_timeout_s: float = DEFAULT_NODE_TIMEOUT_S
 
     @property
     def environment(self) -> dict[str, str]:
@@ -88,13 +94,23 @@ class RaySecrets:
             "REPORTER_UPDATE_INTERVAL_MS": "60000",
             "RAY_event_stats": "0",
             "RAY_memory_monitor_refresh_ms": "1000",
-            # A node that dies or is cut off is known to be gone after about 10 s; Ray's own values take up to a minute.
-            # Tighter ones give up healthy nodes of a machine that is very busy.
-            "RAY_health_check_initial_delay_ms": "0",
-            "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_timeout_ms": "2000",
-            "RAY_health_check_failure_threshold": "5",
+            **health_checks(self.node_timeout_s),
+            NODE_TIMEOUT_VARIABLE: f"{self.node_timeout_s:g}",
         }
+
+
+def health_checks(bound_s: float) -> dict[str, str]:
+    """Ray's settings with which a node that dies or is cut off is given up within a bound; its own take up to a minute.
+
+    Each of the checks waits for its answer, and a third of its time for the next check.
+    """
+    each_ms = bound_s * 1000 / HEALTH_CHECKS
+    return {
+        "RAY_health_check_initial_delay_ms": "0",
+        "RAY_health_check_period_ms": str(int(each_ms / 3)),
+        "RAY_health_check_timeout_ms": str(int(each_ms * 2 / 3)),
+        "RAY_health_check_failure_threshold": str(HEALTH_CHECKS),
+    }
 
 
 def port_block(key: str, address: str, skip: int = 0) -> tuple[int, ...]:
