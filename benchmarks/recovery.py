@@ -5,6 +5,7 @@ by the seed, is killed at a moment drawn by the seed, again and again. An arm th
 has failed to; it is started anew for the next kill.
 
     zerofleet warm   spare workers wait; the kill waits for them, as failures are hours apart
+    zerofleet memory warm spares, and the state in host memory every ten steps (fault_tolerance.memory_checkpoint)
     zerofleet cold   fault_tolerance.warm_workers is false
     torchrun         --max-restarts
     ray train        TorchTrainer with a FailureConfig
@@ -28,7 +29,7 @@ import common
 import psutil
 from common import BIN, HERE, WORKERS, Bench, Setting, Spread
 
-ARMS = ("zerofleet warm", "zerofleet cold", "torchrun", "ray train")
+ARMS = ("zerofleet warm", "zerofleet memory", "zerofleet cold", "torchrun", "ray train")
 SAVE_STEPS = 50
 RECOVERY_TIMEOUT_S = 120.0
 POLL_S = 0.01
@@ -57,8 +58,13 @@ class Arm:
         self.records = self.folder / ("metrics.jsonl" if self.ours else "records.jsonl")
         if self.ours:
             warm = ("warm_workers=true", "warm_workers_after_seconds=1")
+            kinds: dict[str, tuple[str, ...]] = {
+                "zerofleet warm": warm,
+                "zerofleet memory": (*warm, "fault_tolerance.memory_checkpoint.every_steps=10"),
+                "zerofleet cold": ("warm_workers=false",),
+            }
             overrides = (
-                *(warm if name == "zerofleet warm" else ("warm_workers=false",)),
+                *kinds[name],
                 *("max_steps=1000000", f"save_steps={SAVE_STEPS}", "logging_steps=1"),
                 *("max_restarts=1000", "exclude_node_after=null"),
             )
@@ -110,7 +116,7 @@ class Arm:
 
     def is_ready(self) -> bool:
         """Whether as many spares wait as there are workers, where there are any."""
-        if self.name != "zerofleet warm":
+        if self.name not in ("zerofleet warm", "zerofleet memory"):
             return True
         warm = {log for log in (self.folder / "logs").glob("spare_*") if "warm" in log.read_text()}
         waiting = {int(log.stem.rpartition("_")[2]) for log in warm} - set(self.pids())
