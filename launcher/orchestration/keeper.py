@@ -63,7 +63,7 @@ class Keeper:
             refused: str | None = ray.get(next_keeper.make_room.remote(*room))
             if refused is not None:
                 return refused
-            pieces = []
+            pieces: list[Any] = []
             with part.open_extent((0, part.size)) as content:
                 for offset in range(0, part.size, PIECE):
                     if len(pieces) == IN_FLIGHT:
