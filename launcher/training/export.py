@@ -87,7 +87,10 @@ def tokenizer_of(model: Any, plan: Plan, tokenizer_directory: Path) -> Any:
     if model.can_generate():
         generation = model.generation_config or GenerationConfig()
         generation.bos_token_id = tokenizer.bos_token_id
-        generation.eos_token_id = tokenizer.eos_token_id
+        # An encoder-decoder's targets need not end with the tokenizer's end of text.
+        decodes = model.config.is_encoder_decoder
+        generation.eos_token_id = model.config.eos_token_id if decodes else tokenizer.eos_token_id
+        generation.decoder_start_token_id = model.config.decoder_start_token_id if decodes else None
         generation.pad_token_id = tokenizer.pad_token_id
         model.generation_config = generation
     return tokenizer

@@ -45,11 +45,13 @@ def measure(
     loss_sum, num_targets = 0.0, 0
     own: list[tuple[int, dict[str, Any]]] = []
     for number, batch in enumerate(evaluation_batches(datasets, micro, rank, size, limit, task.collate)):
-        output = task.loss(engine, to_device(batch, device))
+        moved = to_device(batch, device)
+        output = task.loss(engine, moved)
         loss_sum += output.loss_sum.item()
         num_targets += int(output.num_targets.item())
+        predictions = output.predictions | (task.written(engine, moved) if task.writes else {})
         arrays = {name: values.float().cpu().numpy() if values.is_floating_point() else values.cpu().numpy()
-                  for name, values in output.predictions.items()}  # fmt: skip
+                  for name, values in predictions.items()}  # fmt: skip
         for index in range(micro):
             position = number * micro * size + index * size + rank
             if position < total:

@@ -215,9 +215,12 @@ class Monitor:
                 self._writer.add_text(f"samples/{index}", f"```\n{prompt}{continuation}\n```", step)
 
     def record_report(self, step: int, metrics: Metrics) -> None:
-        """Write an evaluation's tables to TensorBoard: the report, and the confusion matrix as a picture."""
+        """Write an evaluation's tables to TensorBoard: the report, samples, and the confusion matrix as a picture."""
         if self._writer is None:
             return
+        for index, sample in enumerate(metrics.report.get("samples", [])):
+            parts = "\n\n".join(f"**{name}**\n\n```\n{text}\n```" for name, text in sample.items())
+            self._writer.add_text(f"samples/{index}", parts, step)
         if metrics.text:
             self._writer.add_text("evaluation/report", f"```\n{metrics.text}\n```", step)
         if "confusion_matrix" in metrics.report:

@@ -111,7 +111,7 @@ def measure_alone(
 def continuations(
     folder: Path, plan: Plan, prepared: PreparedData, prompts: Iterable[str], max_new_tokens: int, temperature: float
 ) -> Iterator[tuple[str, str]]:
-    """Let a checkpoint continue prompts, one at a time.
+    """Let a checkpoint continue prompts, one at a time; or write what stands for them (`seq2seq_lm`).
 
     Yields:
         Prompt and continuation.
@@ -119,15 +119,18 @@ def continuations(
     Raises:
         ExpectedError: the task's model writes no text.
     """
-    if not TASKS[plan.recipe.task].generates:
+    entry = TASKS[plan.recipe.task]
+    if not entry.generates and not entry.rewrites:
         raise ExpectedError(f"the model of task {plan.recipe.task} writes no text")
     from transformers import AutoTokenizer
 
     _, _, model = load_checkpoint(folder, plan, prepared)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_directory)
+    prefix = plan.recipe.seq2seq.source_prefix if entry.rewrites else ""
+    end = prepared.facts["end_token_id"] if entry.rewrites else tokenizer.eos_token_id
     torch.manual_seed(plan.recipe.seed)
     for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        inputs = tokenizer(prefix + prompt, return_tensors="pt", return_token_type_ids=False)
         with torch.no_grad():
             output = model.generate(
                 **inputs,
@@ -137,7 +140,8 @@ def continuations(
                 top_k=None,
                 top_p=None,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=end,
                 use_cache=True,
             )
-        yield prompt, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        begin = 1 if entry.rewrites else inputs["input_ids"].shape[1]
+        yield prompt, tokenizer.decode(output[0, begin:], skip_special_tokens=True)
