@@ -175,7 +175,7 @@ class SequenceToSequence(Task):
     def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
         """Share of the target tokens that are the most probable ones, given the true ones before them.
 
-        And of what the model writes by itself what the recipe wants (`seq2seq.metrics`), compared with the whole targets.
+        And `seq2seq.metrics` of what the model writes by itself, compared with the whole targets.
         """
         right, tokens = (sum(int(each[name]) for each in predictions) for name in ("right", "tokens"))
         values = {"token_accuracy": right / max(tokens, 1)}

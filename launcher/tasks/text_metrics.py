@@ -14,8 +14,8 @@ def text_metrics(written: Sequence[str], targets: Sequence[str], wanted: Sequenc
         wanted: of `bleu`, `chrf` and `rouge`.
 
     Returns:
-        `bleu` (Post, arXiv 1804.08771; 0 to 100) and `chrf` (Popovic, W15-3049; 0 to 100) of all texts together, and the
-        means of ROUGE's F measures (Lin, W04-1013; 0 to 1) over texts.
+        `bleu` (Post, arXiv 1804.08771; 0 to 100) and `chrf` (Popovic, W15-3049; 0 to 100) of all texts together, and
+        the means of ROUGE's F measures (Lin, W04-1013; 0 to 1) over texts.
     """
     values: dict[str, float] = {}
     if "bleu" in wanted:

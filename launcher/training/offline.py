@@ -108,6 +108,45 @@ def measure_alone(
         model.eval()
 
 
+def figures_alone(
+    alone: Plan, task: Task, model: Any, prepared: PreparedData, max_samples: int | None
+) -> dict[str, float]:
+    """Loss and metrics by name, as `measure_alone` finds them."""
+    evaluation, metrics = measure_alone(alone, task, model, prepared, max_samples)
+    return {"loss": evaluation.loss, **metrics.values}
+
+
+def whole_to_export(folder: Path, plan: Plan, prepared: PreparedData, option: str) -> tuple[Plan, Task, Any]:
+    """Build a checkpoint's model as `load_checkpoint` does, for an export that changes it; an adapter is merged.
+
+    Args:
+        folder: of the checkpoint.
+        plan: of its run.
+        prepared: its data.
+        option: of the command line, for the error.
+
+    Raises:
+        ExpectedError: the adapter is a prompt, which leaves the model as it is.
+    """
+    adapter = plan.recipe.adapter
+    if adapter is not None and adapter.is_prompt:
+        raise ExpectedError(
+            f"{option}: {adapter.method} leaves the model as it is, so there is nothing to change in it"
+        )
+    alone, task, model = load_checkpoint(folder, plan, prepared)
+    return alone, task, model if adapter is None else model.merge_and_unload().eval()
+
+
+def restore_scalars(model: Any, task: Task) -> None:
+    """Give parameters that are trained as vectors of one element (CLIP's temperature) their own shape again."""
+    with torch.device("meta"):
+        plain = task.auto_class.from_config(model.config)
+    for name, parameter in plain.named_parameters():
+        if parameter.ndim == 0:
+            own = model.get_parameter(name)
+            own.data = own.data.view(())
+
+
 def continuations(
     folder: Path, plan: Plan, prepared: PreparedData, prompts: Iterable[str], max_new_tokens: int, temperature: float
 ) -> Iterator[tuple[str, str]]:

@@ -91,7 +91,7 @@ def test_before_and_after_training_stand_side_by_side(tmp_path: Path, two_ranks:
     done = subprocess.run(
         [sys.executable, "-m", "launcher.cli.main", "evaluate", str(directory.path), "--prompts",
          str(tmp_path / "prompts.yaml"), "--json"],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
