@@ -46,11 +46,13 @@ class Metrics:
         values: numbers by name; a recipe can stop early by any of them.
         report: tables and curves, of types that JSON knows; `samples` in it are mappings of name to text.
         text: for people.
+        pictures: uint8 [height, width, channels] by name, for TensorBoard.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     text: str = ""
+    pictures: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class Task(Protocol):

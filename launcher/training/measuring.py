@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def measure(
         by_position = dict(pair for part in gathered for pair in part)
         metrics = task.metrics([by_position[position] for position in range(total)], _Chosen(datasets, limit))
     values = broadcast(lambda: metrics.values)
-    return evaluation, Metrics(values, metrics.report, metrics.text)
+    return evaluation, replace(metrics, values=values)
 
 
 SMALLER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity")
