@@ -39,7 +39,7 @@ def make(folder: Path, *overrides: str, **sections: Any) -> Any:
 def test_two_workers_write_what_the_exported_model_writes(tmp_path: Path, two_ranks: Ranks) -> None:
     directory, plan, prepared = make(
         tmp_path, "zero.stage=3", "training.max_steps=40", "training.micro_batch_size=8", "training.learning_rate=1e-2",
-        "evaluation.max_eval_samples=21",
+        "evaluation.max_eval_samples=21", "evaluation.eval_steps=20",
     )  # fmt: skip
     results = two_ranks.call("cases:run", run_directory=str(directory.path), data=str(prepared.directory))
     evaluation = json.loads((directory.path / "evaluation.json").read_text())
