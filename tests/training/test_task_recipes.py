@@ -88,7 +88,7 @@ REACHED = [
     ("finetune/chat", of_completions, ()),
     ("finetune/image-folder", of_errors(0.5), ()),
     ("pretrain/vision-transformer", of_errors(0.5), ()),
-    ("pretrain/continual", of_targets, ()),
+    ("pretrain/replay", of_targets, ()),
     ("pretrain/long-context", of_targets, ()),
 ]
 
