@@ -148,7 +148,7 @@ def _convert(plain: _Plain, tensors: tuple[Tensor, ...], file: Path) -> None:
             )
     except Exception as error:  # whatever torch's tracer and converter raise
         text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ExpectedError(f"--onnx: torch {torch.__version__} cannot convert {plain.model.config.model_type}: {text}"
+        raise ExpectedError(f"--onnx: torch {torch.__version__} cannot convert the model: {text}"
                             ) from error  # fmt: skip
 
 
