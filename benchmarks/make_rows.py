@@ -34,7 +34,7 @@ def texts() -> list[str]:
     """Sources of some packages, and of the modules on top."""
     library = Path(sysconfig.get_path("stdlib"))
     files = [path for package in PACKAGES for path in sorted((library / package).glob("*.py"))]
-    return [path.read_text(encoding="utf-8") for path in [*files, *sorted(library.glob("[a-j]*.py"))]]
+    return [path.read_text(encoding="utf-8") for path in [*files, *sorted(library.glob("[a-d]*.py"))]]
 
 
 def functions(sources: list[str]) -> Iterator[Function]:
@@ -78,9 +78,9 @@ def _tags_of(words: list[str], kind: str | None) -> list[str]:
     return found
 
 
-def questions(sources: list[str]) -> Iterator[Row]:
+def questions(found: list[Function]) -> Iterator[Row]:
     """What a function is called, and what its last argument is."""
-    for text, node in functions(sources):
+    for text, node in found:
         context = text[:160]
         asked = {"What is it called?": node.name}
         if node.args.args:
@@ -91,45 +91,44 @@ def questions(sources: list[str]) -> Iterator[Row]:
                 yield {"question": question, "context": context, "answers": {"text": [answer], "answer_start": [start]}}
 
 
-def statements(sources: list[str]) -> Iterator[Row]:
+def statements(found: list[Function]) -> Iterator[Row]:
     """Functions, and all kinds of statements in each."""
-    for text, node in functions(sources):
+    for text, node in found:
         inside = [kind for kind, types in STATEMENTS.items() if any(isinstance(one, types) for one in ast.walk(node))]
         yield {"text": text[:600], "label": inside}
 
 
-def lengths(sources: list[str]) -> Iterator[Row]:
+def lengths(found: list[Function]) -> Iterator[Row]:
     """Beginnings of functions, and the base-2 logarithm of their number of lines."""
-    for text, _ in functions(sources):
+    for text, _ in found:
         yield {"text": text[:300], "label": round(math.log2(1 + text.count("\n")), 4)}
 
 
-def pairs(sources: list[str]) -> Iterator[Row]:
+def pairs(found: list[Function]) -> Iterator[Row]:
     """Functions with their own docstrings, or with those of others."""
-    every = list(functions(sources))
-    for index, (text, node) in enumerate(every):
+    for index, (text, node) in enumerate(found):
         own = index % 2 == 0
-        described = node if own else every[(index + 7) % len(every)][1]
+        described = node if own else found[(index + 7) % len(found)][1]
         yield {"text": text[:200], "text_pair": summary(described), "label": "own" if own else "other"}
 
 
-def chats(sources: list[str]) -> Iterator[Row]:
+def chats(found: list[Function]) -> Iterator[Row]:
     """Somebody asks for a docstring, and gets it."""
-    for text, node in functions(sources):
+    for text, node in found:
         asked = f"What does this do?\n{text[:160]}"
         yield {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": summary(node)}]}
 
 
-def asked(sources: list[str]) -> Iterator[Row]:
+def asked(found: list[Function]) -> Iterator[Row]:
     """Functions, and whether they return something; as text to continue, and as rows to ask about."""
-    for text, node in functions(sources):
+    for text, node in found:
         returns = any(isinstance(one, ast.Return) and one.value is not None for one in ast.walk(node))
         answer = "yes" if returns else "no"
         yield {"prompt": f"{text[:240]}\n# returns:", "completion": f" {answer}", "text": text[:240], "label": answer}
 
 
-ROWS: dict[str, Callable[[list[str]], Iterator[Row]]] = {
-    each.__name__: each for each in (tags, questions, statements, lengths, pairs, chats, asked)
+ROWS: dict[str, Callable[[list[Function]], Iterator[Row]]] = {
+    each.__name__: each for each in (questions, statements, lengths, pairs, chats, asked)
 }
 PROMPTS = """\
 file: asked-about.jsonl
@@ -141,9 +140,11 @@ verbalizers: {"yes": " yes", "no": " no"}
 def write_rows(folder: Path) -> dict[str, int]:
     """Write everything; returns the number of rows by file."""
     folder.mkdir(parents=True, exist_ok=True)
-    sources, counts = texts(), {}
+    sources = texts()
+    found = list(functions(sources))
+    counts = {"tags": _write(folder / "tags.jsonl", list(tags(sources[::3])))}
     for name, make in ROWS.items():
-        rows = list(make(sources))
+        rows = list(make(found))
         if name == "asked":  # what is asked about is not trained on
             counts["asked-about"] = _write(folder / "asked-about.jsonl", rows[::8])
             rows = [row for index, row in enumerate(rows) if index % 8]

@@ -61,13 +61,10 @@ def test_a_real_recipe_fits_the_cluster_that_it_names(name: str) -> None:
         assert float(tokens.replace(",", "")) == pytest.approx(plan.step.tokens_per_second_per_device, abs=0.6)
 
 
-def test_recipes_for_gpus_have_a_smoke_variant_and_say_what_it_reached() -> None:
+def test_recipes_for_gpus_have_a_smoke_variant() -> None:
     assert set(SMOKES) == {name for name in REAL if not name.startswith("parallel/")}
     for name, overrides in SMOKES.items():
         assert load_recipe(name, overrides).training.max_steps is not None
-    said = re.compile(r"^# (Reached|The smoke reached) .*\d|Not measured: ", re.MULTILINE)
-    silent = {name for name, text in TEXTS.items() if not said.search(text) and not name.startswith("parallel/")}
-    assert silent <= {"finetune/continual"}, "which goes on from another run"
 
 
 @pytest.fixture

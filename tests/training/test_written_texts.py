@@ -63,7 +63,7 @@ def test_two_workers_write_what_the_exported_model_writes(tmp_path: Path, two_ra
     assert set(evaluation["metrics"]) == {"token_accuracy", "chrf", "rouge1", "rouge2", "rougeL"}
 
     events = EventAccumulator(str(directory.tensorboard)).Reload()
-    (text,) = events.Tensors("samples/0/text_summary")
+    *_, text = events.Tensors("samples/0/text_summary")
     assert shown[0]["written"] in text.tensor_proto.string_val[0].decode()
     assert events.Scalars("evaluation/rougeL")[-1].value == pytest.approx(evaluation["metrics"]["rougeL"])
 
