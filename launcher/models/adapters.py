@@ -12,6 +12,9 @@ from launcher.errors import ModelError
 from launcher.planning.plan import Plan
 from launcher.recipe.task_sections import AdapterSection
 
+UNKNOWN_STEPS = 1_000_000
+"""Of a run whose length is not known yet; peft wants a number."""
+
 
 def choose_trained(model: Any, plan: Plan, adapter_task: str | None) -> Any:
     """Freeze what the recipe freezes, and add its adapter.
@@ -84,6 +87,17 @@ def _peft_config(section: AdapterSection, adapter_task: str | None) -> Any:
         "modules_to_save": list(section.modules_to_save) or None,
     }
     prompt: dict[str, Any] = {"task_type": adapter_task, "num_virtual_tokens": section.num_virtual_tokens}
+    if section.method == "adalora":
+        # The training loop sets the schedule, when it knows how many steps there are.
+        return peft.AdaLoraConfig(
+            **targets,
+            target_r=section.r,
+            init_r=section.initial_rank,
+            lora_alpha=section.lora_alpha,
+            lora_dropout=section.lora_dropout,
+            orth_reg_weight=section.adalora.orthogonality,
+            total_step=UNKNOWN_STEPS,
+        )
     if section.method == "ia3":
         return peft.IA3Config(**targets)
     if section.method == "prefix_tuning":
