@@ -101,7 +101,7 @@ class TrainingSection(Section):
 
 
 class EwcSection(Section):
-    """Elastic weight consolidation (Kirkpatrick et al., arXiv 1612.00796): what an earlier task needs stays as it was."""
+    """Elastic weight consolidation (Kirkpatrick et al., arXiv 1612.00796): keep what an earlier task needs."""
 
     strength: float = Field(gt=0)
     """Before each step, weights -= learning rate x strength x Fisher x (weights - start), decoupled from the gradient
