@@ -1,4 +1,4 @@
-"""The reference's log-probabilities, computed once by `prepare`: those of the live reference, which is not there then."""
+"""The reference's log-probabilities, computed once by `prepare`: those of the live one, which is not there then."""
 
 import shutil
 from pathlib import Path
