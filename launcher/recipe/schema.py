@@ -114,8 +114,16 @@ class Recipe(Section):
         if (self.model.freeze or self.model.unfreeze) and spread:
             raise ValueError("model.freeze is for data parallel runs, with any ZeRO stage: leave parallel out")
         if self.distillation is not None:
-            if self.task not in ("causal_lm", "sequence_classification"):
-                raise ValueError(f"distillation is for causal_lm and sequence_classification, not for {self.task}")
+            taught = ("causal_lm", "sequence_classification", "image_classification")
+            if self.task not in taught:
+                raise ValueError(f"distillation is for {', '.join(taught[:-1])} and {taught[-1]}, not for {self.task}")
+            if self.task == "image_classification" and (
+                self.distillation.precompute or self.distillation.compares_layers
+            ):
+                raise ValueError(
+                    "distillation.precompute, hidden_weight and attention_weight are for texts: pictures are changed "
+                    "while training, and layers of pictures have forms of their own"
+                )
             if self.task != "causal_lm" and self.classification.problem_type != "single_label":
                 raise ValueError("distillation needs classes that exclude one another: problem_type single_label")
             if spread:

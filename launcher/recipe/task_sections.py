@@ -201,7 +201,7 @@ class PreferenceSection(Section):
 
 
 class DistillationSection(Section):
-    """Learn from a teacher besides the true targets (`causal_lm` and `sequence_classification`)."""
+    """Learn from a teacher too: `causal_lm`, `sequence_classification` and `image_classification`."""
 
     teacher_name_or_path: str
     """Folder or hub name of the teacher: a model of the same kind with the same tokens, or the same classes."""

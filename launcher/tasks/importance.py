@@ -1,6 +1,7 @@
 """How much each weight matters to an earlier task (`optimizer.ewc`): the diagonal of the Fisher information."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ class Importance:
         return [self._earlier.fingerprint, self.section.samples, model_identity(self._plan)]
 
     def size(self) -> int:
-        """A number for each weight; known once the model is built, which is here."""
-        return BYTES_PER_NUMBER * sum(values.numel() for values in self._trained().values())
+        """A number for each weight."""
+        return BYTES_PER_NUMBER * sum(values.numel() for values in self._model.parameters() if values.requires_grad)
 
     def build(self, folder: Path, reporter: ProgressReporter) -> list[str]:
         """Run the samples one by one."""
@@ -68,9 +69,9 @@ class Importance:
         save_file({name: (total / len(samples)).cpu() for name, total in found.items()}, folder / IMPORTANCE)
         return [f"optimizer.ewc: the importance of the weights is that of {len(samples)} earlier samples"]
 
-    def _trained(self) -> dict[str, Tensor]:
-        self._model = self._task.build_model().to(asked_device()).eval()
-        return {name: values for name, values in self._model.named_parameters() if values.requires_grad}
+    @cached_property
+    def _model(self) -> Any:
+        return self._task.build_model().to(asked_device()).eval()
 
 
 def _earlier(recipe: Recipe, section: EwcSection) -> Recipe:

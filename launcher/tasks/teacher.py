@@ -55,6 +55,8 @@ class Teacher:
         section = self.section
         more = {"output_hidden_states": True} if section.hidden_weight else {}
         more |= {"output_attentions": True} if section.attention_weight else {}
+        dtype = DTYPES[section.dtype]
+        inputs = {name: _in_format(values, dtype) for name, values in inputs.items()}
         with torch.no_grad():
             return self.model(**inputs, **more)
 
@@ -62,6 +64,11 @@ class Teacher:
         """Its logits in fp32."""
         logits: Tensor = self.ask(device, **inputs).logits
         return logits.float()
+
+
+def _in_format(values: Any, dtype: torch.dtype) -> Any:
+    """Pixels in the teacher's number format; tokens as they are."""
+    return values.to(dtype) if isinstance(values, Tensor) and values.is_floating_point() else values
 
 
 def _spread(section: DistillationSection, auto_class: Any, micro_batch_size: int, attention: dict[str, str]) -> Any:

@@ -16,9 +16,9 @@ from launcher.training.export import export_checkpoint
 from tests.support.ranks import Ranks
 from tests.training.task_runs import STDLIB, run_of, write_recipe
 
-pytestmark = pytest.mark.matrix
-
-METHODS = ["lora", "rslora", "dora", "ia3", "prefix_tuning", "prompt_tuning", "p_tuning"]
+METHODS = ["lora", "rslora", "dora", "adalora", "ia3", "prefix_tuning", "prompt_tuning", "p_tuning"]
+OWN = {"adalora": {"target_modules": ["q_proj", "v_proj"], "r": 4}}
+"""What a method needs besides."""
 PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
 
 
@@ -51,7 +51,7 @@ def test_only_the_adapter_is_trained_saved_and_exported(
     directory, plan, prepared = make(
         tmp_path,
         model_folder,
-        {"method": method, "num_virtual_tokens": 4},
+        {"method": method, "num_virtual_tokens": 4, **OWN.get(method, {})},
         f"zero.stage={stage}",
         "training.max_steps=12",
         f"training.learning_rate={0.3 if method == 'prompt_tuning' else 0.02}",

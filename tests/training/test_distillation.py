@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from launcher.checkpoints import folders
 from launcher.data import derived
@@ -387,3 +393,32 @@ def test_the_student_gives_no_more_than_is_asked(tmp_path: Path, model_folder: P
     for names, expected in wanted.items():
         made = section.model_copy(update=dict.fromkeys(names, 1.0))
         assert Distillation(plan, made, AutoModelForCausalLM).wanted == expected
+
+
+def test_the_loss_of_pictures_is_that_of_numpy(tmp_path: Path) -> None:
+    """The teacher sees what the student does, in its own number format."""
+    sections = {"name": "digits", "type": "sklearn"}
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
+        num_channels=1, num_labels=10, id2label={i: str(i) for i in range(10)},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "teacher")
+    student = "{model_type: vit, hidden_size: 24, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
+    student += "image_size: 8, patch_size: 4, num_channels: 1, hidden_dropout_prob: 0.0}"
+    recipe = write_recipe(
+        tmp_path, "image_classification", f"{{config: {student}}}", [sections],
+        distillation={"teacher_name_or_path": str(tmp_path / "teacher"), "temperature": 2.0, "weight": 0.3},
+    )  # fmt: skip
+    _, plan, prepared = run_of(recipe, tmp_path / "run")
+    task = make_task(plan, prepared.facts)
+    model = task.build_model().train()
+    (dataset,) = prepared.split("train")
+    batch = task.collate([dataset[index] for index in range(6)])
+    pixels = (batch["pixels"].float() / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        theirs = ViTForImageClassification.from_pretrained(tmp_path / "teacher").eval()(pixel_values=pixels).logits
+        expected = by_numpy(model(pixel_values=pixels).logits, theirs, batch["labels"].numpy(), 2.0, 0.3)
+        assert task.loss(model, batch).loss_sum.item() / 6 == pytest.approx(expected / 6, abs=1e-5)
+    with pytest.raises(RecipeError, match="are for texts: pictures are changed while training"):
+        load_recipe(recipe, ("distillation.precompute=true",))
