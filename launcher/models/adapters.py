@@ -12,6 +12,8 @@ from launcher.errors import ModelError
 from launcher.planning.plan import Plan
 from launcher.recipe.task_sections import AdapterSection
 
+DECISIVE = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "num_virtual_tokens")
+"""Settings of an adapter in peft on which it depends what its weights mean."""
 UNKNOWN_STEPS = 1_000_000
 """Of a run whose length is not known yet; peft wants a number."""
 
@@ -75,7 +77,34 @@ def add_adapter(model: Any, section: AdapterSection, adapter_task: str | None, s
         raise ModelError(f"peft cannot put {section.method} on this model: {type(error).__name__}: {error}") from error
     finally:
         torch.random.set_rng_state(state)
+    if section.adapter_name_or_path is not None:
+        _begin_with(adapted, section.adapter_name_or_path)
     return adapted
+
+
+def _begin_with(adapted: Any, name: str) -> None:
+    """Give a new adapter the weights of another one.
+
+    Raises:
+        ModelError: it cannot be loaded, or is of another method, shape or scale.
+    """
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+
+    where = f"adapter.adapter_name_or_path: the adapter {name}"
+    try:
+        theirs, weights = PeftConfig.from_pretrained(name), load_peft_weights(name, device="cpu")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{where} cannot be loaded: {error}") from error
+    own = adapted.peft_config["default"]
+    pairs = {field: (getattr(theirs, field, None), getattr(own, field, None)) for field in DECISIVE}
+    differing = [f"{field} {there!r} there, {here!r} here" for field, (there, here) in pairs.items() if there != here]
+    if differing:
+        raise ModelError(f"{where} is another one: {'; '.join(differing)}")
+    unknown = set_peft_model_state_dict(adapted, weights).unexpected_keys
+    if unknown or len(weights) != sum(parameter.requires_grad for parameter in adapted.parameters()):
+        raise ModelError(
+            f"{where} has not the weights of this model's; beyond them: {', '.join(unknown[:3]) or 'none'}"
+        )
 
 
 def _peft_config(section: AdapterSection, adapter_task: str | None) -> Any:

@@ -120,6 +120,11 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
             else recipe.distillation.model_copy(
                 update={"teacher_name_or_path": _name_or_path(recipe.distillation.teacher_name_or_path, folder)}
             ),
+            "adapter": None
+            if recipe.adapter is None
+            else recipe.adapter.model_copy(
+                update={"adapter_name_or_path": _name_or_path(recipe.adapter.adapter_name_or_path, folder)}
+            ),
             "optimizer": recipe.optimizer
             if recipe.optimizer.ewc is None
             else recipe.optimizer.model_copy(

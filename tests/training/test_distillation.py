@@ -334,7 +334,7 @@ def test_there_must_be_room(tmp_path: Path, model_folder: Path, monkeypatch: pyt
 
 @pytest.mark.distributed
 def test_training_needs_no_teacher_that_was_asked_before(tmp_path: Path, two_ranks: Ranks, model_folder: Path) -> None:
-    """Step by step what the live teacher gives; and an adapter of the student learns from it as well."""
+    """Step by step what the live teacher gives."""
     losses = []
     for precompute in (False, True):
         teacher = tmp_path / "teacher"
