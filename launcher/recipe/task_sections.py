@@ -111,8 +111,8 @@ class AdapterSection(Section):
     """LoRA (arXiv 2106.09685), rank-stabilised LoRA (2312.03732), DoRA (2402.09353), AdaLoRA (2303.10512), IA3
     (2205.05638), prefix tuning (2101.00190), prompt tuning (2104.08691), P-tuning (2103.10385)."""
     adapter_name_or_path: str | None = None
-    """Begin with the weights of this adapter, a folder of peft's or a hub name: of the same method, shape and scale. (For
-    an adapter on top of another one, merge that: its run's export is the whole model.)"""
+    """Begin with the weights of this adapter, a folder of peft's or a hub name: of the same method, shape and scale.
+    For an adapter on top of another one, merge that: its run's export is the whole model."""
     r: int = Field(default=8, ge=1)
     """Rank, of the LoRA methods; of AdaLoRA, the mean over all matrices in the end."""
     adalora: AdaLoraSection = AdaLoraSection()
@@ -141,8 +141,8 @@ class AdapterSection(Section):
     def _fits(self) -> "AdapterSection":
         if self.is_prompt and self.target_modules:
             raise ValueError(f"{self.method} changes no module: leave target_modules out")
-        if self.method == "adalora" and self.adapter_name_or_path is not None:
-            raise ValueError("adalora begins with all of its ranks: leave adapter_name_or_path out")
+        if self.adapter_name_or_path is not None and (self.is_prompt or self.method == "adalora"):
+            raise ValueError(f"{self.method} always begins anew: leave adapter_name_or_path out")
         if self.method == "adalora" and self.initial_rank <= self.r:
             raise ValueError(f"adalora.init_r is {self.initial_rank}, and must be more than r, which is {self.r}")
         return self
