@@ -88,12 +88,10 @@ class RankSchedule:
 
     def before_step(self) -> None:
         """Gather the step's gradients, on all ranks together."""
-        from deepspeed.utils import safe_get_full_grad
-
         self._gradients = {}
         if self._step() + 1 < self._decided:
             for name, parameter in self._parameters.items():
-                self._gradients[name] = safe_get_full_grad(parameter).detach().clone()
+                self._gradients[name] = averaged_gradient(parameter)
 
     @torch.no_grad()
     def after_step(self, step: int, grad_norm: float | None) -> None:
@@ -143,6 +141,17 @@ class RankSchedule:
             allocator.exp_avg_unc[name] = state["uncertainty"][name].to(device)
             allocator.ipt[name] = torch.zeros_like(allocator.exp_avg_ipt[name])
         self._config.rank_pattern = state["ranks"]
+
+
+def averaged_gradient(parameter: Any) -> Tensor:
+    """A parameter's whole gradient, averaged over all ranks, between the last backward pass and the step.
+
+    Under ZeRO 1 and 2 each rank has its part of it (DeepSpeed 0.19.8, `utils/tensor_fragment.py: get_full_hp_grad`), and
+    `parameter.grad`, where there is one, is this rank's own.
+    """
+    whole = parameter.get_full_hp_grad() if hasattr(parameter, "_hp_mapping") else parameter.grad
+    copy: Tensor = whole.detach().clone()
+    return copy
 
 
 def orthogonal_loss(
