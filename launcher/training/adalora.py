@@ -146,7 +146,7 @@ class RankSchedule:
 def averaged_gradient(parameter: Any) -> Tensor:
     """A parameter's whole gradient, averaged over all ranks, between the last backward pass and the step.
 
-    Under ZeRO 1 and 2 each rank has its part of it (DeepSpeed 0.19.8, `utils/tensor_fragment.py: get_full_hp_grad`), and
+    Under ZeRO 1 and 2 each rank has its part of it (DeepSpeed, `utils/tensor_fragment.py: get_full_hp_grad`), and
     `parameter.grad`, where there is one, is this rank's own.
     """
     whole = parameter.get_full_hp_grad() if hasattr(parameter, "_hp_mapping") else parameter.grad
