@@ -55,7 +55,8 @@ class CausalLanguageModelling(Task):
             from launcher.models.pipeline import Pipeline
 
             return Pipeline(self.plan, AutoModelForCausalLM)
-        return with_projections(super().build_model(), self.plan)
+        model: torch.nn.Module = with_projections(super().build_model(), self.plan)
+        return model
 
     @classmethod
     def derivations(cls, recipe: Recipe, prepared: PreparedData) -> list[Derivation]:

@@ -200,7 +200,8 @@ class ImageClassification(Task):
         pixels = model_pixels(batch["pixels"], self.form, self.image, train=model.training)
         pixels = pixels.to(next(model.parameters()).dtype)
         mixes = model.training and bool(self.image.mixup_alpha or self.image.cutmix_alpha)
-        partner, share = None, 1.0
+        partner: torch.Tensor | None = None
+        share: torch.Tensor | float = 1.0
         if mixes:
             pixels, partner, share = mix(pixels, self.image)
         student = model(pixel_values=pixels)

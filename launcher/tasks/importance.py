@@ -54,7 +54,8 @@ class Importance:
 
     def size(self) -> int:
         """A number for each weight."""
-        return BYTES_PER_NUMBER * sum(values.numel() for values in self._model.parameters() if values.requires_grad)
+        numbers = sum(int(values.numel()) for values in self._model.parameters() if values.requires_grad)
+        return BYTES_PER_NUMBER * numbers
 
     def build(self, folder: Path, reporter: ProgressReporter) -> list[str]:
         """Run the samples one by one."""
