@@ -107,8 +107,9 @@ def test_the_importance_is_computed_once(make_run: MakeRun, model_folder: Path, 
 
 
 def test_the_plan_counts_its_memory(make_run: MakeRun, model_folder: Path) -> None:
-    _, without = make_run(*settings(model_folder), "zero.stage=2")
-    _, plan = make_run(*settings(model_folder), "zero.stage=2", ewc(), name="ewc")
+    adamw = ("optimizer.type=adamw", "zero.stage=2")
+    _, without = make_run(*settings(model_folder), *adamw)
+    _, plan = make_run(*settings(model_folder), *adamw, ewc(), name="ewc")
     assert plan.memory is not None
     assert without.memory is not None
     assert plan.model is not None
