@@ -30,7 +30,7 @@ from launcher.training.export import export_checkpoint
 from tests.support.ranks import Ranks
 from tests.training.task_runs import BERT, STDLIB, run_of, write_recipe
 
-SOURCE = {"type": "text", "files": [f"{STDLIB}/json/*.py"]}
+SOURCE = {"type": "text", "files": [f"{STDLIB}/json/*.py"], "sample_by": "paragraph"}
 STUDENT = (
     "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
     "max_position_embeddings: 64, vocab_size: %d}"
