@@ -43,9 +43,10 @@ class Teacher:
                 self.model = _spread(section, auto_class, micro_batch_size, attention)
             else:
                 self.model = auto_class.from_pretrained(name, dtype=DTYPES[section.dtype], **attention)
+                self.model.requires_grad_(False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"distillation.teacher_name_or_path: transformers cannot load {name}: {error}") from error
-        self.model.eval().requires_grad_(False)
+        self.model.eval()
         _check_outputs(name, getattr(self.model, "module", self.model).config, outputs, labels)
 
     def ask(self, device: torch.device, **inputs: Any) -> Any:
