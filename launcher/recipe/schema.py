@@ -153,6 +153,11 @@ class Recipe(Section):
                     f"{self.adapter.method} puts one prompt before each row, not before each document packed into it: "
                     "set data.packing to none"
                 )
+            if self.adapter.is_prompt and self.seq2seq.metrics:
+                raise ValueError(
+                    f"no test of ours has let a model write behind what {self.adapter.method} learns: leave "
+                    "seq2seq.metrics out"
+                )
         if self.optimizer.ewc is not None and (self.adapter is not None or self.model.model_name_or_path is None):
             raise ValueError(
                 "optimizer.ewc is for a pretrained model that is trained whole: set model.model_name_or_path, and "

@@ -26,6 +26,7 @@ from launcher.tasks.classification import (
     classification_loss,
     classification_metrics,
     is_counted,
+    shown_answers,
 )
 from launcher.tasks.distillation import Distillation
 from launcher.tasks.sequence_classification import with_labels
@@ -216,8 +217,11 @@ class ImageClassification(Task):
         return replace(output, loss_sum=total)
 
     def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
-        """Measure with scikit-learn."""
-        return classification_metrics(predictions, self.section, self.facts)
+        """Measure with scikit-learn, and show some pictures with what the model takes them for."""
+        found = classification_metrics(predictions, self.section, self.facts)
+        shown = shown_answers(predictions, self.section, self.facts)
+        pictures = {f"pictures/{index}": samples[index]["pixels"].transpose(1, 2, 0) for index in range(len(shown))}
+        return replace(found, report={**found.report, "samples": shown}, pictures=pictures)
 
     def answers(self, predictions: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
         """Class and probabilities of each sample."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launcher.checkpoints.manifest import Manifest
 from launcher.errors import CheckpointError, RecipeError
 from launcher.recipe.task_sections import AdaLoraSection
 from launcher.tasks import Batch, LossOutput
-from launcher.training.checkpoint_files import read_state
 from launcher.training.fp32_weights import Fp32Weights
 
 FILE = "adalora.pt"
@@ -124,15 +124,20 @@ class RankSchedule:
         if files.rank == 0:
             files.save(state, str(folder / FILE))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, manifest: Manifest, read: Callable[[Path], Any]) -> None:
         """Read what `save` wrote.
+
+        Args:
+            folder: of the checkpoint.
+            manifest: of it.
+            read: one of its files.
 
         Raises:
             CheckpointError: it is not there, or of another adapter.
         """
-        if not (folder / FILE).exists():
+        if FILE not in manifest.files:
             raise CheckpointError(f"{folder} was saved without adapter.method adalora: start a new run with --run-dir")
-        state, allocator = read_state(folder / FILE), self._model.rankallocator
+        state, allocator = read(folder / FILE), self._model.rankallocator
         if not set(state["importance"]) <= set(self._parameters):
             raise CheckpointError(f"{folder / FILE} does not hold this adapter's ranks")
         for name, values in state["importance"].items():
