@@ -19,6 +19,7 @@ from tests.training.task_runs import STDLIB, run_of, write_recipe
 METHODS = ["lora", "rslora", "dora", "adalora", "ia3", "prefix_tuning", "prompt_tuning", "p_tuning"]
 OWN = {"adalora": {"target_modules": ["q_proj", "v_proj"], "r": 4}}
 """What a method needs besides."""
+RATES = {"prompt_tuning": 0.3, "adalora": 0.1}
 PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
 
 
@@ -54,7 +55,7 @@ def test_only_the_adapter_is_trained_saved_and_exported(
         {"method": method, "num_virtual_tokens": 4, **OWN.get(method, {})},
         f"zero.stage={stage}",
         "training.max_steps=12",
-        f"training.learning_rate={0.3 if method == 'prompt_tuning' else 0.02}",
+        f"training.learning_rate={RATES.get(method, 0.02)}",
         "evaluation.eval_steps=1",
     )
     call = {"run_directory": str(directory.path), "data": str(prepared.directory)}
