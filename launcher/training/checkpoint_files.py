@@ -24,11 +24,13 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # deepspeed has 
 
     Args:
         rank: of this process.
+        maps_states: optimizer states are copied as they are read, so that their file need not be read whole.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, *, maps_states: bool = False) -> None:
         super().__init__()
         self.rank = rank
+        self._maps_states = maps_states
         self.folder = Path()
         self.records: dict[str, FileRecord] = {}
         self.errors: list[str] = []
@@ -60,6 +62,8 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # deepspeed has 
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file that `save` wrote."""
+        if self._maps_states and path.endswith("optim_states.pt"):
+            return read_state(Path(path), mapped=True)
         return read_state(Path(path), map_location=map_location)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:

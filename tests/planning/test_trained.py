@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from launcher.models.adapters import add_adapter, freeze
 from launcher.planning.layout import Resources
 from launcher.planning.plan import make_plan
-from launcher.planning.trained import _PEFT_TARGETS, parts_of
+from launcher.planning.trained import parts_of
 from launcher.recipe.schema import Recipe
 from tests.support.small_models import small
 

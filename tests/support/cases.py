@@ -26,7 +26,8 @@ from launcher.run_directory import RunDirectory
 from launcher.training.context import Heartbeat, Phase, WorkerContext
 from launcher.training.engine import check_precision
 from launcher.training.export import export_checkpoint
-from launcher.training.loop import open_session, train
+from launcher.training.loop import train
+from launcher.training.session import open_session
 
 
 def _context(run_directory: str) -> WorkerContext:

@@ -1,0 +1,154 @@
+"""What ranks do around optimizer states on NVMe; runs in their processes."""
+
+import ctypes
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import cases
+import torch
+
+from launcher.data.store import PreparedData
+from launcher.errors import RecipeError
+from launcher.planning.plan import Plan
+from launcher.training.context import Phase
+from launcher.training.loop import train
+from launcher.training.swap_folder import PREFIX, SwapFolder
+from launcher.training.swapped_states import build_async_io
+
+
+def _plan(run_directory: str) -> Plan:
+    return Plan.model_validate_json((Path(run_directory) / "plan.json").read_bytes())
+
+
+def run(run_directory: str, data: str, folder: str, stop_after: int | None = None) -> dict[str, int]:
+    """Train; returns the sizes of the swap files of this node when the last checkpoint is about to be saved."""
+    context = cases._context(run_directory)
+    if stop_after is not None:
+        cases._stop_at(context, stop_after)
+    heartbeat, enter = context.heartbeat, context.heartbeat.enter
+    sizes: dict[str, int] = {}
+
+    def watching(phase: Any) -> None:
+        if phase == Phase.SAVE:
+            sizes.update({str(path.relative_to(folder)): path.stat().st_size for path in swap_files(folder)})
+        enter(phase)
+
+    heartbeat.enter = watching  # type: ignore[method-assign]  # watched on purpose
+    try:
+        train(_plan(run_directory), context, PreparedData.load(Path(data)), torch.device("cpu"))
+    finally:
+        cases.forget_groups()
+    return sizes
+
+
+def swap_files(folder: str) -> list[Path]:
+    """Files of states and gradients in a folder that runs share."""
+    return sorted(Path(folder).glob(f"{PREFIX}*/**/*.swp"))
+
+
+def refusal(run_directory: str, file_system: str = "", folder: str = "", size: str = "", fill: int = 0) -> str | None:
+    """What a start says of its folder, on a file system of its own for this process where one is named.
+
+    Args:
+        run_directory: of the run.
+        file_system: `tmpfs` or `ramfs`, mounted over `folder`.
+        folder: to mount over.
+        size: of a tmpfs, as mount takes it.
+        fill: bytes that are there already.
+    """
+    if file_system:
+        mount(folder, file_system, f"size={size}" if size else "")
+        (Path(folder) / "others").write_bytes(bytes(fill))
+    try:
+        SwapFolder(_plan(run_directory)).close()
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+def mount(folder: str, file_system: str, options: str) -> None:
+    """Mount a file system over a folder, for this process alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    private, recursive, new_mounts = 1 << 18, 1 << 14, 0x20000
+    calls = (
+        lambda: libc.unshare(new_mounts),
+        lambda: libc.mount(b"none", b"/", None, private | recursive, None),
+        lambda: libc.mount(file_system.encode(), folder.encode(), file_system.encode(), 0, options.encode()),
+    )
+    for call in calls:
+        if call() != 0:
+            raise OSError(ctypes.get_errno(), "cannot mount")
+
+
+def start_and_die(run_directory: str) -> None:
+    """Make the folder of a start, put a file in it, and end as a killed rank does."""
+    swap = SwapFolder(_plan(run_directory))
+    (swap.path / "states.swp").write_bytes(b"x")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start_beside(run_directory: str) -> list[list[str]]:
+    """The folders that are there while one start, and then another one beside it, is running."""
+    plan = _plan(run_directory)
+    folder = plan.deepspeed_config["zero_optimization"]["offload_optimizer"]["nvme_path"]
+    first = SwapFolder(plan)
+    alone = sorted(path.name for path in Path(folder).iterdir())
+    second = SwapFolder(plan)
+    both = sorted(path.name for path in Path(folder).iterdir())
+    known = [[first.path.name] == alone, sorted([first.path.name, second.path.name]) == both]
+    first.close()
+    second.close()
+    return [alone, both, [str(found) for found in known], [path.name for path in Path(folder).iterdir()]]
+
+
+def refusal_to_compile() -> str | None:
+    """What is said where there is no compiler."""
+    before = os.environ.get("CC")
+    os.environ["CC"] = "/bin/false"
+    try:
+        build_async_io()
+    except RecipeError as error:
+        return str(error)
+    finally:
+        os.environ.pop("CC")
+        if before is not None:
+            os.environ["CC"] = before
+    return None
+
+
+def compiled() -> bool:
+    """Have the operation compiled, or loaded, and leave a lock behind as a killed process would."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    lock = Path(_get_build_directory("async_io", verbose=False)) / "lock"
+    lock.touch()
+    build_async_io()
+    return not lock.exists()
+
+
+def parameters_on_nvme(run_directory: str, folder: str) -> str:
+    """What DeepSpeed ends with when parameters lie on NVMe, which the plan refuses; the plan here is one without."""
+    from launcher.tasks import make_task
+    from launcher.training.engine import build_engine
+
+    plan = _plan(run_directory)
+    zero = plan.deepspeed_config["zero_optimization"]
+    section = {"device": "nvme", "nvme_path": folder}
+    config = {**plan.deepspeed_config, "zero_optimization": {**zero, "offload_param": section}}
+    plan = plan.model_copy(update={"deepspeed_config": config})
+    build_async_io()
+    task = make_task(plan, {"pad_token_id": 0})
+    ids = torch.arange(64).view(2, 32)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(32).repeat(2, 1)}
+    try:
+        engine = build_engine(plan, task.build_model(), max_steps=4)
+        for _ in range(2):
+            engine.backward(task.loss(engine, batch).loss_sum)
+            engine.step()
+    except (RuntimeError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        cases.forget_groups()
+    return "trained"
