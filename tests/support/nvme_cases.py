@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,17 @@ def compiled() -> bool:
     lock.touch()
     build_async_io()
     return not lock.exists()
+
+
+def memory(run_directory: str) -> dict[str, int]:
+    """Bytes of each kind that this rank holds in memory, as `tests/planning/model_states_worker.py` counts them."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from tests.planning.model_states_worker import run as measured
+
+    try:
+        return measured(_plan(run_directory))
+    finally:
+        cases.forget_groups()
 
 
 def parameters_on_nvme(run_directory: str, folder: str) -> str:

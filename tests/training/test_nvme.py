@@ -38,6 +38,7 @@ SETTINGS = (
     "micro_batch_size=1", "gradient_accumulation_steps=null", "global_batch_size=4", "eval_steps=1000",
 )  # fmt: skip
 """Two sub-groups of the matrices are in files; the rest of them and the norms are too small for it."""
+SMALL_BUCKET = "deepspeed.overrides.zero_optimization.reduce_bucket_size=300000"
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,21 @@ def test_files_are_written_and_nothing_else_is_learned(
     mine, other = exported(directory, plan, prepared), exported(unlike, plain[precision][1], prepared)
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_plan_is_what_a_rank_holds_besides(precision: str, two_ranks: Ranks, make_run: MakeRun, disk: Path) -> None:
+    directory, plan = make_run(*SETTINGS, *on_nvme(disk), f"precision={precision}", "global_batch_size=2", SMALL_BUCKET)
+    found = two_ranks.call("nvme_cases:memory", run_directory=str(directory.path))
+    memory = plan.memory
+    assert memory is not None
+    planned = {
+        "parameters": memory.parameters + memory.host_parameters,
+        "gradients": memory.gradients + memory.host_gradients,
+        "optimizer": memory.optimizer + memory.host_optimizer,
+    }
+    for kind, size in planned.items():
+        assert size == pytest.approx(max(rank[kind] for rank in found), rel=0.02), kind
 
 
 @pytest.mark.parametrize(
