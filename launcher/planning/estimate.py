@@ -19,8 +19,9 @@ from launcher.planning.memory import MemoryPlan, StateSettings, state_settings, 
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.rank_memory import BufferSettings, RankMemory, activations_known, rank_memory, stage_states
 from launcher.planning.sharding import shard
-from launcher.planning.throughput import Machine, StepTime, Work, step_time
+from launcher.planning.throughput import step_time
 from launcher.planning.trained import Parts, layer_adapter, parts_of
+from launcher.planning.work import Machine, StepTime, Work
 from launcher.recipe.schema import Recipe
 
 _REDUCED_UNDER_BACKWARD = 0.8
@@ -35,7 +36,7 @@ class StepEstimate(BaseModel):
         seconds: of a step.
         tokens_per_second_per_device: throughput.
         mfu: model FLOPs utilisation.
-        parts: seconds by what they are spent on, in the words of `throughput.StepTime`.
+        parts: seconds by what they are spent on, in the words of `work.StepTime`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -24,8 +24,9 @@ from launcher.planning.memory import MemoryPlan, uncounted_reason
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.rank_memory import RankMemory, activations_known, stage_memory, stage_states
 from launcher.planning.sharding import StageParameters, shard
-from launcher.planning.throughput import Machine, StepTime, step_time
+from launcher.planning.throughput import step_time
 from launcher.planning.trained import parts_of
+from launcher.planning.work import Machine, StepTime
 from launcher.recipe.schema import Recipe
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.planning.layout import Resources
 from launcher.planning.memory import StateSettings, memory_plan, uncounted_reason
@@ -159,7 +159,8 @@ def with_teacher(changes: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "distillation" not in changes:
         return changes
     if not folder.exists():
-        LlamaForCausalLM(LlamaConfig(**small("llama", num_hidden_layers=1))).save_pretrained(folder)
+        config = AutoConfig.for_model(**small("llama", num_hidden_layers=1))
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return {**changes, "distillation": {"teacher_name_or_path": str(folder)}}
 
 
