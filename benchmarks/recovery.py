@@ -2,14 +2,15 @@
 
 Every arm trains the same small model on the same batches with DeepSpeed and a checkpoint now and then. A worker, drawn
 by the seed, is killed at a moment drawn by the seed, again and again. An arm that does not recover within two minutes
-has failed to; it is started anew for the next kill.
+has failed to; it is started anew for the next kill. Arms take turns: in each round every arm is started and killed a
+share of its times.
 
     zerofleet warm   spare workers wait; the kill waits for them, as failures are hours apart
     zerofleet cold   fault_tolerance.warm_workers is false
     torchrun         --max-restarts
     ray train        TorchTrainer with a FailureConfig
 
-    python benchmarks/recovery.py [--kills 20] [--json]
+    python benchmarks/recovery.py [--kills 20] [--rounds 2] [--json]
 """
 
 import argparse
@@ -165,13 +166,13 @@ class Arm:
         return {name: seconds / count for name, seconds in found.seconds.items() if name.startswith("recovery")}
 
 
-def kill_again_and_again(bench: Bench, name: str, kills: int, seed: int) -> dict[str, Any]:
-    """Run one arm; returns a figure for each kill that it recovered from."""
-    dice = random.Random(seed)
+def kill_again_and_again(bench: Bench, name: str, numbers: range, seed: int) -> dict[str, Any]:
+    """Run one arm for one round; returns a figure for each kill that it recovered from."""
+    dice = random.Random(f"{seed}/{numbers.start}")  # the same victims and moments for every arm
     figures: list[dict[str, float]] = []
     arm: Arm | None = None
     parts: dict[str, float] = {}
-    for number in range(kills):
+    for number in numbers:
         victim, pause = dice.randrange(WORKERS), dice.uniform(*SETTLE_S)
         try:
             if arm is None:
@@ -180,9 +181,9 @@ def kill_again_and_again(bench: Bench, name: str, kills: int, seed: int) -> dict
             time.sleep(pause)
             arm.wait(arm.is_ready, "spares")
             figures.append(arm.kill(victim))
-            print(f"{name} {number + 1}/{kills}: {figures[-1]}", file=sys.stderr)
+            print(f"{name} {number + 1}: {figures[-1]}", file=sys.stderr)
         except RuntimeError as error:
-            print(f"{name} {number + 1}/{kills}: {error}", file=sys.stderr)
+            print(f"{name} {number + 1}: {error}", file=sys.stderr)
             if arm is not None:
                 arm.end()
             arm = None
@@ -192,20 +193,29 @@ def kill_again_and_again(bench: Bench, name: str, kills: int, seed: int) -> dict
             while "recovery: load" not in (parts := arm.parts()) and time.monotonic() < deadline:
                 time.sleep(POLL_S)
         arm.end()
-    found: dict[str, Any] = {"recovered": len(figures), "figures": figures, "parts": parts}
-    if figures:
-        found["seconds"] = asdict(Spread.of([figure["seconds"] for figure in figures]))
-    if figures and arm is not None and arm.ours:
-        found["noticed"] = asdict(Spread.of([figure["noticed"] for figure in figures]))
+    return {"figures": figures, "parts": parts}
+
+
+def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """What an arm's rounds come to."""
+    figures = [figure for found in rounds for figure in found["figures"]]
+    found: dict[str, Any] = {"recovered": len(figures), "figures": figures, "parts": [one["parts"] for one in rounds]}
+    for name in ("seconds", "noticed"):
+        if values := [figure[name] for figure in figures if name in figure]:
+            found[name] = asdict(Spread.of(values))
     return found
 
 
-def measure(setting: Setting, kills: int, seed: int, arms: tuple[str, ...]) -> dict[str, Any]:
-    """Run all arms, one after another; returns the figures."""
-    result: dict[str, Any] = {"machine": common.machine(), "setting": asdict(setting), "kills": kills, "arms": {}}
+def measure(setting: Setting, kills: int, rounds: int, seed: int, arms: tuple[str, ...]) -> dict[str, Any]:
+    """Run all arms, taking turns; returns the figures."""
+    result: dict[str, Any] = {"machine": common.machine(), "setting": asdict(setting), "kills": kills}
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     with common.bench(setting, initial_weights=False) as bench:
-        for arm in arms:
-            result["arms"][arm] = kill_again_and_again(bench, arm, kills, seed)
+        for number in range(rounds):
+            share = range(number * kills // rounds, (number + 1) * kills // rounds)
+            for arm in arms:
+                found[arm].append(kill_again_and_again(bench, arm, share, seed))
+    result["arms"] = {arm: summary(parts) for arm, parts in found.items()}
     return result
 
 
@@ -219,10 +229,8 @@ def print_table(result: dict[str, Any]) -> None:
         noticed = f", noticed after {Spread(**found['noticed']).text('.2f')} s" if "noticed" in found else ""
         seconds = Spread(**found["seconds"]).text(".2f")
         print(f"  {arm:<18}{found['recovered']}/{result['kills']} recovered, first step after {seconds} s{noticed}")
-        if found["parts"]:
-            print(
-                "    " + ", ".join(f"{name.partition(': ')[2]} {spent:.2f}" for name, spent in found["parts"].items())
-            )
+        for parts in filter(None, found["parts"]):
+            print("    " + ", ".join(f"{name.partition(': ')[2]} {spent:.2f}" for name, spent in parts.items()))
     machine = result["machine"]
     print(f"{machine['cores']} cores, load {machine['load_average']:.1f} before; torch {machine['torch']}, "
           f"deepspeed {machine['deepspeed']}, ray {machine['ray']}")  # fmt: skip
@@ -232,6 +240,7 @@ def main() -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--json", action="store_true", help="print everything measured as JSON")
@@ -239,7 +248,7 @@ def main() -> int:
     setting = Setting(
         steps=50, logging_steps=1, hidden_size=128, num_hidden_layers=2, sequence_length=64, micro_batch_size=2
     )
-    result = measure(setting, arguments.kills, arguments.seed, tuple(arguments.arms))
+    result = measure(setting, arguments.kills, arguments.rounds, arguments.seed, tuple(arguments.arms))
     print(json.dumps(result, indent=1)) if arguments.json else print_table(result)
     return 0
 

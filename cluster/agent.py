@@ -23,7 +23,7 @@ from cluster.ray_node import (
     RayStartError,
     accepts_connections,
     port_block,
-    start_worker,
+    prepare_worker,
 )
 from cluster.start_folder import JobSpec, NodeReport, Outcome, StartFolder
 from cluster.types import JOB_VARIABLE
@@ -140,11 +140,12 @@ class OtherNode(NodeAgent):
     def play(self) -> Outcome:
         """See `NodeAgent.play`."""
         for attempt in range(1, START_TRIES + 1):
+            ray = self._prepare_ray(attempt)
             head = self._await_head()
             if head is None:
                 break
             try:
-                return self._join(*head, attempt)
+                return self._join(ray, *head)
             except RayStartError as error:
                 self.end_ray(keep_logs=True)
                 if attempt == START_TRIES:
@@ -154,6 +155,13 @@ class OtherNode(NodeAgent):
 
     def leave(self, outcome: Outcome) -> None:
         """Do nothing: the first node says how the job ended."""
+
+    def _prepare_ray(self, attempt: int) -> RayNode:
+        """Start what can be started before the head is known, on other ports at each attempt."""
+        index = self.place.index
+        ports = port_block(f"{self.place.port_key}/{index}", self.place.address, skip=attempt - 1)
+        self.ray = prepare_worker(self.place.address, ports, self.resources, log=self.folder.ray_log(index))
+        return self.ray
 
     def _await_head(self) -> tuple[str, str] | None:
         """Wait for a head that listens; `None` when the job ends before.
@@ -173,14 +181,10 @@ class OtherNode(NodeAgent):
             time.sleep(POLL_S)
         return None
 
-    def _join(self, head_address: str, token: str, attempt: int) -> Outcome:
-        index = self.place.index
-        ports = port_block(f"{self.place.port_key}/{index}", self.place.address, skip=attempt - 1)
+    def _join(self, ray: RayNode, head_address: str, token: str) -> Outcome:
         say(f"ray: joining {head_address} as {self.place.address}")
-        ray = start_worker(
-            head_address, self.place.address, ports, self.resources, RaySecrets(token), log=self.folder.ray_log(index)
-        )
-        self.ray, joined = ray, False
+        ray.join(head_address, RaySecrets(token))
+        joined = False
         while self.folder.outcome() is None and not self.ending_now:
             if not joined and ray.is_up:
                 joined = True

@@ -3,6 +3,8 @@
 Never `ray stop`: it ends every Ray of the user on the machine, other jobs' too.
 """
 
+import contextlib
+import json
 import math
 import os
 import shutil
@@ -40,6 +42,29 @@ PORTS_PER_NODE = len(PORT_OPTIONS) + len(HEAD_PORT_OPTIONS) + len(_METRIC_PORTS)
 PORT_RANGE = range(20_000, 32_000)
 """Below Linux' range for outgoing connections (32768 and up), above what daemons usually take."""
 
+RAY_SETTINGS = {
+    "RAY_AUTH_MODE": "token",  # said outright: ray start guesses differently for head and workers
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    # How long a node without its head goes on; Ray's default is a minute.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+    # Ray runs workers at nice 15, behind everything else on the machine; training is what the machine is for.
+    "RAY_worker_niceness": "0",
+    # Nobody reads Ray's own statistics of the clusters that we start; gathering them takes time from training.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_metrics_report_interval_ms": "60000",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "RAY_event_stats": "0",
+    "RAY_memory_monitor_refresh_ms": "1000",
+    # A node that dies or is cut off is known to be gone after about 10 s; Ray's own values take up to a minute.
+    # Tighter ones give up healthy nodes of a machine that is very busy.
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "5",
+}
+"""Variables of every process of the clusters that we start: our choice of Ray's settings."""
+
 _STARTED = b"Ray runtime started"
 
 
@@ -73,28 +98,7 @@ class RaySecrets:
     @property
     def environment(self) -> dict[str, str]:
         """Variables of every process that joins the cluster, our choice of Ray's settings included."""
-        return {
-            "RAY_AUTH_MODE": "token",  # said outright: ray start guesses differently for head and workers
-            "RAY_AUTH_TOKEN": self.token,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_DISABLE_IMPORT_WARNING": "1",
-            # How long a node without its head goes on; Ray's default is a minute.
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
-            # Ray runs workers at nice 15, behind everything else on the machine; training is what the machine is for.
-            "RAY_worker_niceness": "0",
-            # Nobody reads Ray's own statistics of the clusters that we start; gathering them takes time from training.
-            "RAY_enable_metrics_collection": "0",
-            "RAY_metrics_report_interval_ms": "60000",
-            "REPORTER_UPDATE_INTERVAL_MS": "60000",
-            "RAY_event_stats": "0",
-            "RAY_memory_monitor_refresh_ms": "1000",
-            # A node that dies or is cut off is known to be gone after about 10 s; Ray's own values take up to a minute.
-            # Tighter ones give up healthy nodes of a machine that is very busy.
-            "RAY_health_check_initial_delay_ms": "0",
-            "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_timeout_ms": "2000",
-            "RAY_health_check_failure_threshold": "5",
-        }
+        return {**RAY_SETTINGS, "RAY_AUTH_TOKEN": self.token}
 
 
 def port_block(key: str, address: str, skip: int = 0) -> tuple[int, ...]:
@@ -133,19 +137,28 @@ def _all_free(ports: tuple[int, ...], address: str) -> bool:
 class RayNode:
     """A Ray node that was started here."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], temporary: Path, log: Path) -> None:
+    def __init__(
+        self, command: list[str], environment: dict[str, str], temporary: Path, log: Path, *, waits: bool = False
+    ) -> None:
         self.temporary = temporary
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if waits else subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in the terminal is for the driver, which saves first
                 preexec_fn=prepare_child,
             )
+
+    def join(self, head_address: str, secrets: RaySecrets) -> None:
+        """Have a node that `prepare_worker` started join the cluster at `head_address`; `is_up` tells when it has."""
+        order = {"options": [f"--address={head_address}"], "environment": secrets.environment}
+        assert self.process.stdin is not None  # noqa: S101 - of prepare_worker's nodes
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as stream:  # check_alive says why it has ended
+            stream.write(json.dumps(order).encode() + b"\n")
 
     @property
     def is_up(self) -> bool:
@@ -213,29 +226,36 @@ def start_head(
     )
 
 
+def prepare_worker(
+    address: str, ports: tuple[int, ...], resources: NodeResources, *, log: Path | None = None
+) -> RayNode:
+    """Start a node up to where it needs a cluster; `RayNode.join` names one. See `start_head`."""
+    options = [f"--{name}={port}" for name, port in zip(PORT_OPTIONS, ports, strict=False)]
+    return _start(options, address, resources, RAY_SETTINGS, log, waits=True)
+
+
 def start_worker(
-    head_address: str,
-    address: str,
-    ports: tuple[int, ...],
-    resources: NodeResources,
-    secrets: RaySecrets,
-    *,
-    log: Path | None = None,
+    head_address: str, address: str, ports: tuple[int, ...], resources: NodeResources, secrets: RaySecrets
 ) -> RayNode:
     """Start a node that joins the cluster at `head_address`; see `start_head`."""
-    options = [
-        f"--address={head_address}",
-        *(f"--{name}={port}" for name, port in zip(PORT_OPTIONS, ports, strict=False)),
-    ]
-    return _start(options, address, resources, secrets.environment, log)
+    node = prepare_worker(address, ports, resources)
+    node.join(head_address, secrets)
+    return node
 
 
 def _start(
-    options: list[str], address: str, resources: NodeResources, settings: dict[str, str], log: Path | None
+    options: list[str],
+    address: str,
+    resources: NodeResources,
+    settings: dict[str, str],
+    log: Path | None,
+    *,
+    waits: bool = False,
 ) -> RayNode:
     temporary = temporary_folder()
+    start = ("-P", "-m", "cluster.waiting_ray") if waits else ("-m", "ray.scripts.scripts", "start")
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
+        *(sys.executable, *start, "--block", "--disable-usage-stats"),
         *(f"--node-ip-address={address}", f"--temp-dir={temporary}"),
         *(f"--num-cpus={math.ceil(resources.cpus)}", f"--num-gpus={resources.gpus}"),
         f"--object-store-memory={OBJECT_STORE_BYTES}",
@@ -244,7 +264,7 @@ def _start(
         *options,
     ]
     inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # another cluster's
-    return RayNode(command, {**inherited, **settings}, temporary, log or temporary / "ray-start.log")
+    return RayNode(command, {**inherited, **settings}, temporary, log or temporary / "ray-start.log", waits=waits)
 
 
 def temporary_folder() -> Path:
