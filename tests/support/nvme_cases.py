@@ -91,17 +91,17 @@ def start_and_die(run_directory: str) -> None:
 
 
 def start_beside(run_directory: str) -> list[list[str]]:
-    """The folders that are there while one start, and then another one beside it, is running."""
+    """What is in the shared folder while one start runs, while another one runs beside it, and after both."""
     plan = _plan(run_directory)
-    folder = plan.deepspeed_config["zero_optimization"]["offload_optimizer"]["nvme_path"]
-    first = SwapFolder(plan)
-    alone = sorted(path.name for path in Path(folder).iterdir())
-    second = SwapFolder(plan)
-    both = sorted(path.name for path in Path(folder).iterdir())
-    known = [[first.path.name] == alone, sorted([first.path.name, second.path.name]) == both]
-    first.close()
-    second.close()
-    return [alone, both, [str(found) for found in known], [path.name for path in Path(folder).iterdir()]]
+    folder = Path(plan.deepspeed_config["zero_optimization"]["offload_optimizer"]["nvme_path"])
+    seen, starts = [], []
+    for _ in range(2):
+        starts.append(SwapFolder(plan))
+        seen.append(sorted(path.name for path in folder.iterdir()))
+    assert all(start.path.name in seen[-1] for start in starts)
+    for start in starts:
+        start.close()
+    return [*seen, [path.name for path in folder.iterdir()]]
 
 
 def refusal_to_compile() -> str | None:

@@ -24,7 +24,11 @@ from tests.support.equality import RanksOf
 from tests.support.forked import ForkServer
 from tests.support.ranks import Ranks
 
-pytestmark = [pytest.mark.nvme, pytest.mark.distributed]
+pytestmark = [
+    pytest.mark.nvme,
+    pytest.mark.distributed,
+    pytest.mark.skipif(not Path("/usr/include/libaio.h").is_file(), reason="libaio-dev is not installed"),
+]
 
 MakeRun = Callable[..., tuple[RunDirectory, Plan]]
 STEPS = 8
@@ -73,6 +77,7 @@ def plain(
     return runs
 
 
+@pytest.mark.timeout(1200)  # the first time in a TORCH_EXTENSIONS_DIR
 def test_the_operation_is_compiled_and_a_lock_of_a_killed_process_does_not_hold_it_up(one_rank: Ranks) -> None:
     assert one_rank.call("nvme_cases:refusal_to_compile") == [
         "recipe: 1 problem\n  zero.offload_optimizer: is nvme, and DeepSpeed cannot compile its async_io operation "
@@ -171,13 +176,10 @@ def test_a_start_removes_what_killed_ones_left_and_nothing_of_others(
     (outcome,) = fork_server.run(1, "nvme_cases:start_and_die", run_directory=str(directory.path))
     assert outcome["signal"] == 9
     (left,) = folder.glob("zerofleet-*/states.swp")
-    (seen,) = fork_server.results(1, "nvme_cases:start_beside", run_directory=str(directory.path))
-    alone, both, known, after = seen
+    ((alone, both, after),) = fork_server.results(1, "nvme_cases:start_beside", run_directory=str(directory.path))
     assert not left.exists()
-    assert len(alone) == 2, "one start's own, and somebody's"
-    assert len(both) == 3, "a start beside a living one leaves it its files"
+    assert [len(alone), len(both)] == [2, 3], "somebody's, and one of each start that lives"
     assert after == ["somebody's"]
-    assert known
 
 
 def needed(plan: Plan) -> int:
