@@ -36,7 +36,8 @@ class SwapFolder:
 
     def __init__(self, plan: Plan) -> None:
         self.root = Path(offload_section(plan.deepspeed_config)["nvme_path"])
-        self.path = self.root / (PREFIX + broadcast(lambda: os.urandom(8).hex()))
+        token = broadcast(lambda: os.urandom(8).hex())
+        self.path = self.root / f"{PREFIX}{token}-{socket.gethostname()}"
         self._lock: int | None = None
         problem = self._prepare(_needed(plan)) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
         problems = sorted({text for text in all_gather(problem) if text is not None})
