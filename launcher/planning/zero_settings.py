@@ -24,8 +24,8 @@ def parameter_device_problems(device: str | None) -> list[Problem]:
     if device != "nvme":
         return []
     message = (
-        "is nvme, where the pinned DeepSpeed does not train: in fp32 it gives bf16 weights back, in bf16 a parameter "
-        "that is fetched ahead gets two buffers (runtime/swap_tensor/partitioned_param_swapper.py); set it to cpu"
+        "is nvme, from where no test of ours has trained: DeepSpeed fetches such parameters ahead into a fixed number "
+        "of buffers (runtime/swap_tensor/partitioned_param_swapper.py); set it to cpu"
     )
     return [Problem(message, "zero.offload_param")]
 

@@ -124,7 +124,7 @@ IN_PART: dict[str, dict[str, Any]] = {
     "dpo-lora-zero1-bf16": {"zero.stage": 1, **LORA, **PAIRS},
     "simpo-zero2-fp32": {"zero.stage": 2, **FP32, **PAIRS, "preference": {"method": "simpo"}},
     "kto-zero2-bf16": {"zero.stage": 2, "task": "kto", "data.packing": "none"},
-    "kto-lora-zero3-fp32": {"zero.stage": 3, **FP32, **LORA, "task": "kto", "data.packing": "none"},
+    "kto-lora-zero1-fp32": {"zero.stage": 1, **FP32, **LORA, "task": "kto", "data.packing": "none"},
     "ia3-zero2-bf16": {"zero.stage": 2, "adapter": {"method": "ia3"}},
     "head-lora-zero2-bf16": {"zero.stage": 2, "adapter": {**LORA["adapter"], "modules_to_save": ["lm_head"]}},
     "head-lora-zero3-fp32": {"zero.stage": 3, **FP32, "adapter": {**LORA["adapter"], "modules_to_save": ["lm_head"]}},

@@ -134,7 +134,7 @@ def nvme_keys(**keys: Any) -> dict[str, Any]:
         ({"zero.stage": 0}, "zero.offload_optimizer: is nvme, but ZeRO stage 0 has nothing to offload there"),
         (
             {"zero.offload_param": "nvme"},
-            "zero.offload_param: is nvme, where the pinned DeepSpeed does not train: in fp32 it gives bf16 weights",
+            "zero.offload_param: is nvme, from where no test of ours has trained",
         ),
         ({"zero.offload_param": "cpu"}, "zero.offload_optimizer: goes with no offload_param in a test of ours"),
         ({"optimizer.type": "lion"}, "zero.offload_optimizer: is nvme, and is proved with adamw of PyTorch alone"),

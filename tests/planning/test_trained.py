@@ -60,17 +60,19 @@ def test_an_adapters_parameters(name: str, make_recipe: MakeRecipe) -> None:
     parts = parts_of(recipe, config)
     assert recipe.adapter is not None
     adapted = add_adapter(model_of(config), recipe.adapter, "CAUSAL_LM", seed=1)
-    real = {plain_name(name): parameter for name, parameter in adapted.named_parameters()}
+    is_prompt = recipe.adapter.is_prompt
+    real = {plain_name(name, is_prompt=is_prompt): parameter for name, parameter in adapted.named_parameters()}
     planned = {tensor.name: tensor.shape for tensor in parts.parameters}
     assert planned == {name: tuple(parameter.shape) for name, parameter in real.items()}
     assert len(planned) == len(parts.parameters)
     assert parts.frozen == {name for name, parameter in real.items() if not parameter.requires_grad}
 
 
-def plain_name(name: str) -> str:
-    """Without what peft puts between."""
-    for part in ("base_model.model.", "base_model.", ".base_layer", ".default", ".original_module"):
-        name = name.removeprefix(part) if part.startswith("base") else name.replace(part, "")
+def plain_name(name: str, *, is_prompt: bool) -> str:
+    """Without what peft puts around and between."""
+    name = name.removeprefix("base_model." if is_prompt else "base_model.model.")
+    for part in (".base_layer", ".default", ".original_module"):
+        name = name.replace(part, "")
     return name
 
 

@@ -49,18 +49,18 @@ def swap_files(folder: str) -> list[Path]:
     return sorted(Path(folder).glob(f"{PREFIX}*/**/*.swp"))
 
 
-def refusal(run_directory: str, file_system: str = "", folder: str = "", size: str = "", fill: int = 0) -> str | None:
+def refusal(run_directory: str, file_system: str = "", folder: str = "", room: int = 0, fill: int = 0) -> str | None:
     """What a start says of its folder, on a file system of its own for this process where one is named.
 
     Args:
         run_directory: of the run.
         file_system: `tmpfs` or `ramfs`, mounted over `folder`.
         folder: to mount over.
-        size: of a tmpfs, as mount takes it.
+        room: bytes of a tmpfs.
         fill: bytes that are there already.
     """
     if file_system:
-        mount(folder, file_system, f"size={size}" if size else "")
+        mount(folder, file_system, f"size={room}" if room else "")
         (Path(folder) / "others").write_bytes(bytes(fill))
     try:
         SwapFolder(_plan(run_directory)).close()
@@ -138,29 +138,3 @@ def memory(run_directory: str) -> dict[str, int]:
         return measured(_plan(run_directory))
     finally:
         cases.forget_groups()
-
-
-def parameters_on_nvme(run_directory: str, folder: str) -> str:
-    """What DeepSpeed ends with when parameters lie on NVMe, which the plan refuses; the plan here is one without."""
-    from launcher.tasks import make_task
-    from launcher.training.engine import build_engine
-
-    plan = _plan(run_directory)
-    zero = plan.deepspeed_config["zero_optimization"]
-    section = {"device": "nvme", "nvme_path": folder}
-    config = {**plan.deepspeed_config, "zero_optimization": {**zero, "offload_param": section}}
-    plan = plan.model_copy(update={"deepspeed_config": config})
-    build_async_io()
-    task = make_task(plan, {"pad_token_id": 0})
-    ids = torch.arange(64).view(2, 32)
-    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(32).repeat(2, 1)}
-    try:
-        engine = build_engine(plan, task.build_model(), max_steps=4)
-        for _ in range(2):
-            engine.backward(task.loss(engine, batch).loss_sum)
-            engine.step()
-    except (RuntimeError, AssertionError) as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        cases.forget_groups()
-    return "trained"
