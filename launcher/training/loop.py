@@ -2,8 +2,7 @@
 
 import contextlib
 import hashlib
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,26 +23,8 @@ from launcher.training.monitor import Throughput, memory_bytes
 from launcher.training.numeric import Observed
 from launcher.training.passes import StepOutcome, counts
 from launcher.training.profiling import ProfilerWindow
+from launcher.training.progress import TrainResult
 from launcher.training.session import Session, open_session
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a rank's training ended.
-
-    Attributes:
-        status: `complete` (all steps made, or stopped early by the validation loss) or `stopped` (asked to, and saved).
-        step: optimizer steps completed.
-        consumed_samples: samples trained on.
-        early_stopped: the validation loss ended it.
-        metrics: the last logged metrics, and the last evaluation's.
-    """
-
-    status: Literal["complete", "stopped"]
-    step: int
-    consumed_samples: int
-    early_stopped: bool
-    metrics: dict[str, Any]
 
 
 def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: torch.device) -> TrainResult:
@@ -165,6 +146,7 @@ def _after_step(
     due = recipe.evaluation.eval_steps is not None and progress.step % recipe.evaluation.eval_steps == 0
     if due or progress.step >= session.max_steps:
         _evaluate(session)
+    _keep_in_memory(session)
     reason = _reason_to_save(session, outcome)
     if reason is not None:
         session.losses.check()
@@ -182,6 +164,17 @@ def _after_step(
             session.context.heartbeat.saved(save.step)
         if session.triggers is not None:
             session.triggers.ended(save.step, save.reason, saved=not save.errors)
+
+
+def _keep_in_memory(session: Session) -> None:
+    section, progress = session.plan.recipe.fault_tolerance.memory_checkpoint, session.progress
+    if section is None or progress.step % section.every_steps or _finished(session):
+        return
+    session.losses.check()
+    session.context.heartbeat.enter(Phase.SAVE)
+    share_running_statistics(session.engine.module)
+    if session.checkpoints.keep_in_memory(session.engine, progress):
+        session.context.heartbeat.kept(progress.step)
 
 
 def _reason_to_save(session: Session, outcome: StepOutcome) -> str | None:

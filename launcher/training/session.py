@@ -13,13 +13,14 @@ from launcher.planning.plan import Plan
 from launcher.tasks import Task, make_task
 from launcher.training.averaging import WeightAverage
 from launcher.training.before_step import make_before_step
-from launcher.training.checkpoint import CheckpointManager, Progress
+from launcher.training.checkpoint import CheckpointManager
 from launcher.training.context import Phase, WorkerContext
 from launcher.training.engine import build_engine, total_steps
 from launcher.training.fp32_weights import Fp32Weights
 from launcher.training.monitor import Monitor
 from launcher.training.numeric import LossWatch
 from launcher.training.passes import Passes, make_passes, own_part
+from launcher.training.progress import Progress
 from launcher.training.save_triggers import SaveTriggers
 from launcher.training.swap_folder import SwapFolder, open_swap_folder
 
@@ -65,13 +66,12 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
     if ema is not None:
         average = WeightAverage(Fp32Weights(engine, plan.zero_stage), ema, context.rank if plan.zero_stage else 0)
     checkpoints = CheckpointManager(
-        context.run_directory.checkpoints, plan, prepared.fingerprint, notify=heartbeat.notify, average=average
+        context.run_directory.checkpoints, plan, prepared.fingerprint, heartbeat.notify, average, context.memory
     )
     progress = Progress()
     before_step = make_before_step(engine, plan.zero_stage, plan.recipe.optimizer, lambda: progress.step)
     progress = checkpoints.load(engine)
-    heartbeat.step, heartbeat.max_steps = progress.step, max_steps
-    heartbeat.saved(progress.step)
+    heartbeat.begun(progress.step, max_steps, from_memory=checkpoints.from_memory)
     monitor = Monitor(plan, context.run_directory, progress.step, device) if context.rank == 0 else None
     return Session(
         plan=plan,
