@@ -168,6 +168,9 @@ def _setting_problems(
         yield Problem("is nvme, where no test of ours has trained a model in part; set it to cpu", where)
     if recipe.optimizer.layer_wise_lr_decay is not None or recipe.optimizer.unfreeze_every_steps is not None:
         yield Problem("is nvme, where no test of ours has trained layers at rates of their own; set it to cpu", where)
+    if recipe.fault_tolerance.memory_checkpoint is not None:
+        message = "keeps in host memory what zero.offload_optimizer nvme moves out of it; leave one of them out"
+        yield Problem(message, "fault_tolerance.memory_checkpoint")
     if (zero.get("offload_param") or {}).get("device", "none") != "none":
         yield Problem("goes with no offload_param in a test of ours; leave one of them out", where)
     for key, values in _FIXED.items():

@@ -157,6 +157,10 @@ def nvme_keys(**keys: Any) -> dict[str, Any]:
             "zero.offload_optimizer.pipeline_write: pipeline_write = True is not proved with nvme, whose files change "
             "while a checkpoint reads them; leave it out",
         ),
+        (
+            {"fault_tolerance.memory_checkpoint.every_steps": 5},
+            "fault_tolerance.memory_checkpoint: keeps in host memory what zero.offload_optimizer nvme moves out of it",
+        ),
         (nvme_keys(ratio=0.5), "zero.offload_optimizer.ratio: ratio = 0.5 is not proved with nvme; leave it out"),
         (
             nvme_keys(buffer_count=3),
