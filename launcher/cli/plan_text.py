@@ -9,8 +9,9 @@ import typer
 from launcher.orchestration.progress import readable_bytes
 
 if TYPE_CHECKING:
+    from launcher.planning.choices import Choice
     from launcher.planning.plan import Plan
-    from launcher.planning.search import Choice, Judged, SearchResult
+    from launcher.planning.search import Judged, SearchResult
 
 SHOWN = 10
 
@@ -24,6 +25,9 @@ def print_plan(plan: "Plan") -> None:
         typer.secho("Memory of each rank: states + activations + buffers in the backward pass", bold=True)
         for row, fullest in _rank_rows(plan):
             typer.secho(row, bold=fullest)
+        if nvme := max(rank.nvme_bytes for rank in plan.ranks):
+            node = readable_bytes(nvme * plan.resources.workers_per_node)
+            print(f"  On NVMe: {readable_bytes(nvme)} a rank, {node} a node")
     if plan.step is not None:
         step = plan.step
         typer.secho(f"Time of a step on {step.accelerator}, estimated: {readable_time(step.seconds)}", bold=True)

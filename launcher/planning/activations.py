@@ -59,6 +59,7 @@ class ActivationSettings:
             grouped keys are copied for every query head.
         vocabulary_parallel: the head and the loss are divided by the tensor-parallel ranks.
         adapter: what alone is trained; `None`: all of the model. For the families of `ADAPTED_FAMILIES`.
+        distilled: a teacher's probabilities are learnt from besides.
         device: dropout masks take a byte an element on `cuda`, and the size of the number format on `cpu`.
     """
 
@@ -75,6 +76,7 @@ class ActivationSettings:
     sequence_parallel_size: int = 1
     vocabulary_parallel: bool = True
     adapter: LayerAdapter | None = None
+    distilled: bool = False
     device: Literal["cpu", "cuda"] = "cuda"
 
     @property
@@ -197,7 +199,9 @@ class ActivationModel:
         capped = width * self.vocabulary if self.logit_softcap else 0
         kept = log_probabilities + capped if settings.loss_tiles == 1 else 0
         head = width * self.hidden if settings.adapter is None else 0
-        last = settings.tokens * (self._norm(self.hidden, 1) + head + kept)
+        # Distillation (`tasks/distillation.py: soft_loss`): both models' probabilities at a temperature.
+        softened = 2 * _FP32 * self.vocabulary if settings.distilled else 0
+        last = settings.tokens * (self._norm(self.hidden, 1) + head + kept + softened)
         # Backward: the gradient of the log-probabilities and that of the logits, each in fp32, beside what is saved.
         loss = 2 * log_probabilities
         if settings.loss_tiles > 1:

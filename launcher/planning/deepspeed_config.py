@@ -14,11 +14,10 @@ from typing import Any
 from cluster.strict_yaml import Document
 from cluster.validation import near_match
 from launcher.errors import PlanError, Problem
-from launcher.planning.combinations import EXPERT_PRESETS, WHOLE_VOCABULARY
 from launcher.planning.deepspeed_keys import AUTO, key_problems
 from launcher.planning.json_document import read_json
 from launcher.planning.layout import BatchPlan, Layout
-from launcher.planning.optimizers import OPTIMIZERS
+from launcher.planning.owned_keys import Owned, owned_keys
 from launcher.planning.zero_settings import zero_problems
 from launcher.recipe.catalogue import deepspeed_configs_root
 from launcher.recipe.schema import Recipe
@@ -59,15 +58,6 @@ class DeepSpeedPlan:
     offload_param: str
 
 
-@dataclass(frozen=True)
-class _Owned:
-    """One value that the recipe owns: where it stands in DeepSpeed's config, and its field in the recipe."""
-
-    path: str
-    value: Any
-    field: str
-
-
 def make_deepspeed_config(
     recipe: Recipe, layout: Layout, batch: BatchPlan, model_type: str | None = None
 ) -> DeepSpeedPlan:
@@ -95,7 +85,7 @@ def make_deepspeed_config(
         wrong[path] = message
 
     config = _laid_over(deepcopy(document.data), overrides)
-    for owned in _owned_values(recipe, layout, batch, model_type):
+    for owned in owned_keys(recipe, layout, batch, model_type):
         if owned.path not in wrong:
             problems += _fill(config, owned, recipe, document)
     problems += _present_only_problems(config, recipe, layout, batch, document)
@@ -164,59 +154,7 @@ def _read_base(recipe: Recipe) -> Document:
         raise PlanError(recipe.name, problems) from error
 
 
-def _owned_values(recipe: Recipe, layout: Layout, batch: BatchPlan, model_type: str | None) -> list[_Owned]:
-    """What the recipe decides, whatever the file says."""
-    training, optimizer, zero = recipe.training, recipe.optimizer, recipe.zero
-    kind = OPTIMIZERS[optimizer.type]
-    owned = [
-        _Owned("train_micro_batch_size_per_gpu", batch.micro_batch_size, "training.micro_batch_size"),
-        _Owned(
-            "gradient_accumulation_steps", batch.gradient_accumulation_steps, "training.gradient_accumulation_steps"
-        ),
-        _Owned("gradient_clipping", training.max_grad_norm, "training.max_grad_norm"),
-        _Owned("bf16.enabled", training.precision == "bf16", "training.precision"),
-        _Owned("fp16.enabled", training.precision == "fp16", "training.precision"),
-        _Owned("optimizer.type", kind.deepspeed_type, "optimizer.type"),
-        _Owned("optimizer.params.lr", training.learning_rate, "training.learning_rate"),
-        _Owned("optimizer.params.weight_decay", optimizer.weight_decay, "optimizer.weight_decay"),
-    ]
-    for name, (value, field) in kind.params(optimizer).items():
-        owned.append(_Owned(f"optimizer.params.{name}", value, field))
-    if optimizer.type != "adamw":
-        # DeepSpeed's ZeRO otherwise accepts Adam and a few others only; our tests are what says that this one is right.
-        owned.append(_Owned("zero_allow_untested_optimizer", True, "optimizer.type"))
-    if optimizer.type == "lion":
-        # launcher.training.lion's; DeepSpeed otherwise takes its own compiled ones only, once states are offloaded.
-        owned.append(_Owned("zero_force_ds_cpu_optimizer", False, "optimizer.type"))
-    if zero.stage is not None:
-        owned.append(_Owned("zero_optimization.stage", zero.stage, "zero.stage"))
-    if layout.tensor_parallel_size > 1 and layout.pipeline_parallel_size == 1:
-        # A pipeline's stages are spread by launcher/models/pipeline.py: AutoTP does not know their modules.
-        field, sharded = "parallel.tensor_parallel_size", model_type not in WHOLE_VOCABULARY
-        owned.append(_Owned("tensor_parallel.autotp_size", layout.tensor_parallel_size, field))
-        owned.append(_Owned("tensor_parallel.vocab_parallel_lm_head", sharded, field))
-    if layout.sequence_parallel_size > 1:
-        field = "parallel.sequence_parallel_size"
-        owned.append(_Owned("sequence_parallel_size", layout.sequence_parallel_size, field))
-    if layout.expert_parallel_size > 1:
-        field = "parallel.expert_parallel_size"
-        owned.append(_Owned("expert_parallel.enabled", True, field))
-        owned.append(_Owned("expert_parallel.autoep_size", layout.expert_parallel_size, field))
-        owned.append(_Owned("expert_parallel.preset_model", EXPERT_PRESETS.get(model_type or "", ""), field))
-    if recipe.profiling.flops_step is not None:
-        owned.append(_Owned("flops_profiler.enabled", True, "profiling.flops_step"))
-        owned.append(_Owned("flops_profiler.profile_step", recipe.profiling.flops_step, "profiling.flops_step"))
-    if zero.hpz_partition_size is not None:
-        path = "zero_optimization.zero_hpz_partition_size"
-        owned.append(_Owned(path, zero.hpz_partition_size, "zero.hpz_partition_size"))
-    for name in ("offload_optimizer", "offload_param"):
-        device = getattr(zero, name)
-        if device is not None:
-            owned.append(_Owned(f"zero_optimization.{name}.device", device, f"zero.{name}"))
-    return owned
-
-
-def _fill(config: dict[str, Any], owned: _Owned, recipe: Recipe, document: Document) -> list[Problem]:
+def _fill(config: dict[str, Any], owned: Owned, recipe: Recipe, document: Document) -> list[Problem]:
     """Put the recipe's value into the config, or say where the two disagree."""
     present = _get(config, owned.path, AUTO)
     if present == AUTO:
@@ -233,11 +171,11 @@ def _present_only_problems(
 ) -> list[Problem]:
     """Clashes of keys that we never write, but that a file may hold."""
     expected = [
-        _Owned("train_batch_size", batch.global_batch_size, "training.global_batch_size"),
-        _Owned("tensor_parallel.autotp_size", layout.tensor_parallel_size, "parallel.tensor_parallel_size"),
-        _Owned("sequence_parallel_size", layout.sequence_parallel_size, "parallel.sequence_parallel_size"),
-        _Owned("data_parallel_size", layout.data_parallel_size, "parallel"),
-        _Owned("expert_parallel.autoep_size", layout.expert_parallel_size, "parallel.expert_parallel_size"),
+        Owned("train_batch_size", batch.global_batch_size, "training.global_batch_size"),
+        Owned("tensor_parallel.autotp_size", layout.tensor_parallel_size, "parallel.tensor_parallel_size"),
+        Owned("sequence_parallel_size", layout.sequence_parallel_size, "parallel.sequence_parallel_size"),
+        Owned("data_parallel_size", layout.data_parallel_size, "parallel"),
+        Owned("expert_parallel.autoep_size", layout.expert_parallel_size, "parallel.expert_parallel_size"),
     ]
     problems = []
     for owned in expected:

@@ -19,8 +19,9 @@ from launcher.planning.memory import MemoryPlan, StateSettings, state_settings, 
 from launcher.planning.model_shape import ModelShape
 from launcher.planning.rank_memory import BufferSettings, RankMemory, activations_known, rank_memory, stage_states
 from launcher.planning.sharding import shard
-from launcher.planning.throughput import Machine, StepTime, Work, step_time
+from launcher.planning.throughput import step_time
 from launcher.planning.trained import Parts, layer_adapter, parts_of
+from launcher.planning.work import Machine, StepTime, Work
 from launcher.recipe.schema import Recipe
 
 _REDUCED_UNDER_BACKWARD = 0.8
@@ -35,7 +36,7 @@ class StepEstimate(BaseModel):
         seconds: of a step.
         tokens_per_second_per_device: throughput.
         mfu: model FLOPs utilisation.
-        parts: seconds by what they are spent on, in the words of `throughput.StepTime`.
+        parts: seconds by what they are spent on, in the words of `work.StepTime`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -146,14 +147,10 @@ def estimate_ranks(
             parts.parameters,
             layout,
             rank_states(recipe, layout, deepspeed),
-            replace(
-                activation_settings(recipe, layout, batch, deepspeed.config, device),
-                micro_batch_size=batch.micro_batch_size * parts.rows,
-                adapter=layer_adapter(recipe, config),
-            ),
+            activation_settings(recipe, config, parts, layout, batch, deepspeed.config, device),
             buffer_settings(deepspeed.config),
             parts.frozen,
-            _reference_bytes(parts, config, recipe),
+            reference_bytes(parts, config, recipe),
         )
     )
 
@@ -166,13 +163,14 @@ def states_by_zero_stage(
     stages = shard(parts.parameters, layout, vocabulary_parallel(deepspeed.config), parts.frozen)
     fullest = max(stages, key=lambda stage: stage.num_parameters)
     settings, experts = rank_states(recipe, layout, deepspeed), layout.expert_parallel_size
-    references = _reference_bytes(parts, config, recipe)
+    references = reference_bytes(parts, config, recipe)
     return {stage: stage_states(fullest, settings.with_stage(stage), experts, references) for stage in range(4)}
 
 
-def _reference_bytes(parts: Parts, config: Mapping[str, Any], recipe: Recipe) -> int:
+def reference_bytes(parts: Parts, config: Mapping[str, Any], recipe: Recipe) -> int:
+    """Bytes of the models that each rank holds whole besides: a reference, a teacher."""
     elements = sum(tensor.numel for tensor in list_parameters(config))
-    return parts.references * elements * BYTES[recipe.training.precision]
+    return parts.references * elements * BYTES[recipe.training.precision] + parts.teacher * BYTES["fp32"]
 
 
 def rank_states(recipe: Recipe, layout: Layout, deepspeed: DeepSpeedPlan) -> StateSettings:
@@ -185,6 +183,8 @@ def rank_states(recipe: Recipe, layout: Layout, deepspeed: DeepSpeedPlan) -> Sta
 
 def activation_settings(
     recipe: Recipe,
+    config: Mapping[str, Any],
+    parts: Parts,
     layout: Layout,
     batch: BatchPlan,
     deepspeed_config: Mapping[str, Any],
@@ -195,8 +195,8 @@ def activation_settings(
     balance = training.router_aux_loss_coef
     return ActivationSettings(
         precision=training.precision,
-        micro_batch_size=batch.micro_batch_size,
-        sequence_length=data.sequence_length,
+        micro_batch_size=batch.micro_batch_size * parts.rows,
+        sequence_length=data.sequence_length + parts.before,
         attention=model.attn_implementation,
         packed=data.packing != "none" and not data.cross_document_attention,
         gradient_checkpointing=training.gradient_checkpointing,
@@ -206,6 +206,8 @@ def activation_settings(
         tensor_parallel_size=layout.tensor_parallel_size,
         sequence_parallel_size=layout.sequence_parallel_size,
         vocabulary_parallel=vocabulary_parallel(deepspeed_config),
+        adapter=layer_adapter(recipe, config),
+        distilled=recipe.distillation is not None,
         device=device,
     )
 

@@ -56,4 +56,5 @@ def _memory(rank: RankMemory) -> list[tuple[str, int]]:
         ("CUDA and NCCL", rank.overhead),
         ("a rank at its fullest", rank.device_bytes),
         ("a rank in host memory", rank.host_bytes),
+        ("a rank on NVMe", rank.nvme_bytes),
     ]

@@ -1,4 +1,4 @@
-"""Bytes per rank of the model states under ZeRO 0-3, as DeepSpeed 0.19.8 allocates them for AdamW.
+"""Bytes per rank of the model states under ZeRO 0-3, as DeepSpeed 0.19.8 allocates them for AdamW, Lion and SGD.
 
 Counted are weights, gradients and optimizer states that live from step to step. Not counted: activations, the
 communication buckets (`reduce_bucket_size` elements, kept for good under stage 3), gathered parameters, and Adam's step
@@ -14,10 +14,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from launcher.planning.deepspeed_config import DeepSpeedPlan
+from launcher.planning.nvme import SwapSettings, swap_settings, swapped
 from launcher.planning.parameters import ParameterTensor
 
 _FP32 = 4
-_ADAM_MOMENTS = 2 * _FP32
+_STATES = {"adamw": 2, "lion": 1, "sgd": 0}
+"""fp32 states that an optimizer keeps of each weight, by its name in lower case; SGD one more with momentum."""
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _PARTITION_ALIGNMENT = 2
 """Elements: `nccl_start_alignment_factor` of `runtime/zero/stage_1_and_2.py`."""
@@ -33,7 +35,9 @@ class MemoryPlan(BaseModel):
         host_parameters: weights in host memory: the rank's share under parameter offload, and the copy through which an
             offloaded optimizer hands its result back under stages 1 and 2.
         host_gradients: the part of the gradients that is in host memory when the optimizer is offloaded.
-        host_optimizer: the part of the optimizer states that is offloaded to host memory.
+        host_optimizer: the part of the optimizer states that is offloaded to host memory; of states on NVMe, those too
+            small for a file, and the buffers through which the others pass.
+        nvme: files of optimizer states, and of gradients on their way to them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +48,7 @@ class MemoryPlan(BaseModel):
     host_parameters: int = 0
     host_gradients: int = 0
     host_optimizer: int = 0
+    nvme: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -63,8 +68,11 @@ class StateSettings:
     Attributes:
         persistence_threshold: stage 3 keeps parameters of at most so many elements whole on every rank ...
         model_persistence_threshold: ... as long as they are not more than this together.
+        states: fp32 numbers that the optimizer keeps of each weight besides it: two of Adam's, one of Lion's, none of
+            SGD's or one with momentum.
         copies: so many further fp32 copies of the weights are kept (`training.ema`, `optimizer.decay_to_start` or
             `.ewc`).
+        swap: how the offloaded optimizer lies on NVMe; `None`: it lies in host memory.
     """
 
     zero_stage: int
@@ -75,12 +83,14 @@ class StateSettings:
     offload_param: bool = False
     persistence_threshold: int = 100_000
     model_persistence_threshold: int = sys.maxsize
+    states: int = 2
     copies: int = 0
+    swap: SwapSettings | None = None
 
     @property
     def moments(self) -> int:
         """Bytes of each weight's optimizer states, besides an fp32 copy of it."""
-        return _ADAM_MOMENTS + self.copies * _FP32
+        return (self.states + self.copies) * _FP32
 
     def with_stage(self, zero_stage: int) -> "StateSettings":
         """The same under another stage, with offload where that stage has something to offload."""
@@ -89,6 +99,7 @@ class StateSettings:
             zero_stage=zero_stage,
             offload_optimizer=self.offload_optimizer and zero_stage > 0,
             offload_param=self.offload_param and zero_stage == 3,
+            swap=self.swap if zero_stage == 3 else None,
         )
 
 
@@ -110,12 +121,20 @@ def state_settings(
         precision=precision,
         data_parallel_size=data_parallel_size,
         gradient_accumulation_steps=deepspeed.config["gradient_accumulation_steps"],
-        offload_optimizer=deepspeed.offload_optimizer == "cpu",
+        offload_optimizer=deepspeed.offload_optimizer != "none",
         offload_param=deepspeed.offload_param == "cpu",
         persistence_threshold=int(persistence),
         model_persistence_threshold=int(model_persistence),
+        states=_states(deepspeed.config["optimizer"]),
         copies=copies,
+        swap=swap_settings(deepspeed.config),
     )
+
+
+def _states(optimizer: Mapping[str, Any]) -> int:
+    kind = str(optimizer["type"]).lower()
+    momentum = kind == "sgd" and bool(optimizer.get("params", {}).get("momentum"))
+    return _STATES.get(kind, 2) + momentum
 
 
 _COUNTED_AT: dict[str, tuple[Any, ...]] = {
@@ -123,10 +142,10 @@ _COUNTED_AT: dict[str, tuple[Any, ...]] = {
     "data_types.grad_accum_dtype": (None,),
     "fp16.fp16_master_weights_and_grads": (False,),
     "optimizer.params.amsgrad": (False, None),
-    "optimizer.type": ("AdamW", "adamw"),
+    "optimizer.type": ("AdamW", "adamw", "Lion", "lion", "SGD", "sgd"),
     "torch_autocast.enabled": (False,),
     "zero_optimization.contiguous_gradients": (True,),
-    "zero_optimization.offload_optimizer.device": ("none", "cpu"),
+    "zero_optimization.offload_optimizer.device": ("none", "cpu", "nvme"),
     "zero_optimization.offload_optimizer.ratio": (1, 1.0),
     "zero_optimization.offload_optimizer.super_offload": (False,),
     "zero_optimization.offload_param.device": ("none", "cpu"),
@@ -226,7 +245,7 @@ def _stage_3(parameters: Sequence[ParameterTensor], settings: StateSettings) -> 
     persistent = _persistent(parameters, settings)
     states = shares * (_FP32 + settings.moments)
     on_host = settings.offload_optimizer
-    return MemoryPlan(
+    plan = MemoryPlan(
         parameters=(persistent + (0 if settings.offload_param else shares)) * size,
         gradients=0 if on_host else shares * size,
         optimizer=0 if on_host else states,
@@ -234,6 +253,23 @@ def _stage_3(parameters: Sequence[ParameterTensor], settings: StateSettings) -> 
         host_gradients=shares * (size + _FP32) if on_host else 0,
         host_optimizer=states if on_host else 0,
     )
+    return plan if settings.swap is None else _on_nvme(plan, parameters, settings, settings.swap)
+
+
+def _on_nvme(
+    plan: MemoryPlan, parameters: Sequence[ParameterTensor], settings: StateSettings, swap: SwapSettings
+) -> MemoryPlan:
+    """The same with the states in files. A gradient in fp32 is a view of the flat buffer until it is in its file."""
+    size, ranks, state = _BYTES[settings.precision], settings.data_parallel_size, _FP32 + settings.moments
+    parts = swapped(parameter_groups(parameters), ranks, swap)
+    shares = sum(-(-tensor.numel // ranks) for tensor in parameters)
+    loose = 0 if settings.precision == "fp32" else parts.loose
+    update = {
+        "host_gradients": shares * size + (parts.in_memory + loose) * _FP32,
+        "host_optimizer": parts.in_memory * state + parts.buffers * _FP32,
+        "nvme": parts.in_files * state + parts.gradients * _FP32,
+    }
+    return plan.model_copy(update=update)
 
 
 def _persistent(parameters: Sequence[ParameterTensor], settings: StateSettings) -> int:

@@ -33,14 +33,15 @@ from launcher.planning.model_shape import (
     unknown_reason,
     unread_fields,
 )
+from launcher.planning.nvme import nvme_problems
 from launcher.planning.optimizers import optimizer_problems
 from launcher.planning.rank_memory import RankMemory
 from launcher.planning.search import SearchResult, nothing_fits, search
 from launcher.planning.stages import pipeline_stages
 from launcher.planning.tiling import tiling_problems
 from launcher.planning.trained import counts_too_much
-from launcher.planning.uncounted import uncounted_task_reason, unsearched_reason
-from launcher.planning.zero_settings import OFFLOADS, device_problems, zero_problems
+from launcher.planning.uncounted import uncounted_task_reason
+from launcher.planning.zero_settings import zero_problems
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tasks import TASKS
 
@@ -115,6 +116,7 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
         problems += combination_problems(layout, deepspeed.zero_stage, recipe.training.precision, offloads)
         problems += optimizer_problems(recipe, layout, deepspeed.zero_stage, offloads)
         problems += method_problems(recipe, layout, deepspeed.zero_stage, deepspeed.config)
+        problems += nvme_problems(recipe, deepspeed.config)
     problems += kept_problems(recipe, layout)
     if config is not None:
         problems += model_problems(config, layout, recipe)
@@ -140,7 +142,7 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
 
 def _is_counted(recipe: Recipe, config: Mapping[str, Any]) -> bool:
     """Whether all that a recipe's ranks hold is counted, and not too much of it."""
-    uncounted = uncounted_task_reason(recipe, config.get("model_type"))
+    uncounted = uncounted_task_reason(recipe, config)
     return uncounted is None and model_shape(config) is not None and not counts_too_much(recipe, config)
 
 
@@ -162,12 +164,12 @@ def search_layouts(recipe: Recipe, resources: Resources) -> SearchResult:
     """
     config = check_model(recipe)
     shape = None if config is None else model_shape(config)
-    if reason := uncounted_task_reason(recipe, (config or {}).get("model_type")):
+    if reason := uncounted_task_reason(recipe, config):
         raise PlanError(recipe.name, [Problem(f"no layout can be chosen: memory is not counted: {reason}", "parallel")])
-    if reason := unsearched_reason(recipe):
-        raise PlanError(recipe.name, [Problem(f"no layout can be chosen: {reason}; leave parallel out", "parallel")])
-    if problems := device_problems({name: getattr(recipe.zero, name) for name in OFFLOADS}):
-        raise PlanError(recipe.name, problems)
+    if "nvme" in (recipe.zero.offload_optimizer, recipe.zero.offload_param):
+        message = "is nvme, whose time is not known, so no layout can be chosen; set it to cpu, or leave parallel out"
+        where = "zero.offload_optimizer" if recipe.zero.offload_optimizer == "nvme" else "zero.offload_param"
+        raise PlanError(recipe.name, [Problem(message, where)])
     if config is None or shape is None:
         reason = "its config is on the hub and is not read here" if config is None else unknown_reason(config)
         message = f"no layout can be chosen without the model, but {reason}; name a folder that holds config.json"
@@ -218,7 +220,7 @@ def _assemble(
     deepspeed: DeepSpeedPlan,
 ) -> Plan:
     model = model_shape(config) if config is not None and TASKS[recipe.task].generates else None
-    counted = uncounted_task_reason(recipe, (config or {}).get("model_type")) is None
+    counted = uncounted_task_reason(recipe, config) is None
     by_stage = ranks = step = None
     if counted and config is not None and model is not None and uncounted_reason(deepspeed.config) is None:
         by_stage = states_by_zero_stage(recipe, config, layout, deepspeed)
@@ -262,7 +264,7 @@ def _notes(
             f"the config of {recipe.model.model_name_or_path} is on the hub and is not read here: "
             "parameters, memory and longest sequence are not checked"
         )
-    elif reason := uncounted_task_reason(recipe, config.get("model_type")):
+    elif reason := uncounted_task_reason(recipe, config):
         notes.append(f"memory is not counted: {reason}")
     elif reason := unknown_reason(config):
         notes.append(f"parameters and memory are not counted: {reason}")
@@ -272,6 +274,13 @@ def _notes(
         notes.append(f"model.config: transformers knows no {', '.join(unread)} in this family, and ignores it")
     if reason := uncounted_reason(deepspeed.config):
         notes.append(f"memory is not counted: {reason}")
+    if deepspeed.offload_optimizer == "nvme":
+        notes.append("the time of reading and writing NVMe is not in the estimate")
+        if recipe.checkpoint.asynchronous:
+            notes.append(
+                "asynchronous saves copy all states into host memory, which is not counted; with "
+                "checkpoint.asynchronous: false they go from file to file"
+            )
     if resources.device == "cpu" and recipe.training.precision == "fp16":
         notes.append(
             "fp16 on CPU needs a processor that computes in it (AVX512-FP16 or AMX); DeepSpeed refuses the others"

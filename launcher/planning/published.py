@@ -17,7 +17,8 @@ from launcher.planning.accelerators import NETWORKS, Accelerator, Format, find_a
 from launcher.planning.calibration import SOFTWARE
 from launcher.planning.layout import Layout
 from launcher.planning.model_shape import ModelShape, model_shape
-from launcher.planning.throughput import Machine, Work, step_time
+from launcher.planning.throughput import step_time
+from launcher.planning.work import Machine, Work
 
 FITTED = frozenset(
     {

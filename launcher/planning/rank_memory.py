@@ -90,6 +90,11 @@ class RankMemory(BaseModel):
         """In host memory: what is offloaded."""
         return self.states.host_bytes
 
+    @property
+    def nvme_bytes(self) -> int:
+        """In files, at most."""
+        return self.states.nvme
+
 
 def in_flight(stage: int, stages: int, micro_batches: int) -> int:
     """Micro batches whose activations a stage holds under 1F1B (arXiv 2104.04473, section 2.2.1)."""

@@ -1,95 +1,34 @@
-"""Every legal layout of a recipe on given machines: pruned by memory, ranked by the time of a step.
+"""Every legal layout of a recipe on given machines: pruned by memory, ranked by the time of a step."""
 
-Legal is what `combinations.COMBINATIONS` has a row for, and what the model's sizes divide into. What a recipe sets of
-ZeRO and recomputation stays; groups, micro batch and accumulation are searched, the global batch is kept.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
-from math import prod
 from typing import Any
 
 from launcher.errors import PlanError, Problem
 from launcher.planning.activations import ActivationModel, ActivationSettings
-from launcher.planning.combinations import COMBINATIONS, Combination, model_problems
-from launcher.planning.compiling import compile_problems
+from launcher.planning.choices import Choice, choices, global_batch
 from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config
 from launcher.planning.estimate import (
     activation_settings,
     buffer_settings,
     machine_of,
     rank_states,
+    reference_bytes,
     step_work,
     vocabulary_parallel,
 )
-from launcher.planning.families import list_parameters
 from launcher.planning.fit import HOST_USABLE, device_memory, with_checkpointing
 from launcher.planning.kept_states import kept_bytes
-from launcher.planning.layout import BatchPlan, Layout, Resources, divisors, make_batch, make_layout
+from launcher.planning.layout import BatchPlan, Layout, Resources
 from launcher.planning.memory import MemoryPlan, uncounted_reason
-from launcher.planning.model_shape import ModelShape, model_shape
-from launcher.planning.optimizers import optimizer_problems
+from launcher.planning.model_shape import ModelShape
 from launcher.planning.rank_memory import RankMemory, activations_known, stage_memory, stage_states
 from launcher.planning.sharding import StageParameters, shard
-from launcher.planning.throughput import Machine, StepTime, step_time
-from launcher.planning.tiling import tiling_problems
-from launcher.recipe.layout_sections import ParallelSection
+from launcher.planning.throughput import step_time
+from launcher.planning.trained import parts_of
+from launcher.planning.work import Machine, StepTime
 from launcher.recipe.schema import Recipe
-
-LARGEST_MICRO_BATCH = 64
-"""Samples; larger ones gain nothing, since matrix products are large by then."""
-_OFFLOADS = (("none", "none"), ("cpu", "none"), ("cpu", "cpu"))
-"""(offload_optimizer, offload_param)."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One way to run a recipe.
-
-    Attributes:
-        layout: sizes of the groups.
-        zero_stage: 0 to 3.
-        offload_optimizer: `none` or `cpu`.
-        offload_param: `none` or `cpu`.
-        batch: micro batch and accumulation; the global batch is the recipe's.
-        gradient_checkpointing: activations are recomputed.
-    """
-
-    layout: Layout
-    zero_stage: int
-    offload_optimizer: str
-    offload_param: str
-    batch: BatchPlan
-    gradient_checkpointing: bool
-
-    def overrides(self) -> list[str]:
-        """The same as overrides of the recipe."""
-        sizes = {name: getattr(self.layout, name) for name in ParallelSection().sizes}
-        values = {f"parallel.{name}": size for name, size in sizes.items()} | {
-            "zero.stage": self.zero_stage,
-            "zero.offload_optimizer": self.offload_optimizer,
-            "zero.offload_param": self.offload_param,
-            "training.micro_batch_size": self.batch.micro_batch_size,
-            "training.gradient_accumulation_steps": self.batch.gradient_accumulation_steps,
-            "training.global_batch_size": self.batch.global_batch_size,
-            "training.gradient_checkpointing": str(self.gradient_checkpointing).lower(),
-        }
-        return [f"{name}={value}" for name, value in values.items()]
-
-    def applied(self, recipe: Recipe) -> Recipe:
-        """The recipe with these values."""
-        sizes = {name: getattr(self.layout, name) for name in ParallelSection().sizes}
-        zero = {
-            "stage": self.zero_stage, "offload_optimizer": self.offload_optimizer, "offload_param": self.offload_param
-        }  # fmt: skip
-        update = {
-            "parallel": recipe.parallel.model_copy(update={**sizes, "auto": False}),
-            "zero": recipe.zero.model_copy(update=zero),
-            "training": recipe.training.model_copy(update=self.batch.model_dump()),
-        }
-        return with_checkpointing(recipe.model_copy(update=update), self.gradient_checkpointing)
 
 
 @dataclass(frozen=True)
@@ -210,79 +149,6 @@ def nothing_fits(result: SearchResult) -> str:
     )
 
 
-def choices(recipe: Recipe, config: Mapping[str, Any], resources: Resources) -> Iterator[Choice]:
-    """Enumerate every legal choice."""
-    shape = model_shape(config)
-    global_batch = _global_batch(recipe, resources)
-    set_checkpointing = "gradient_checkpointing" in recipe.training.model_fields_set
-    recomputations = (recipe.training.gradient_checkpointing,) if set_checkpointing else (False, True)
-    for row in COMBINATIONS:
-        if recipe.training.precision not in row.precisions:
-            continue
-        zeros = list(_zeros(recipe, row, resources.device))
-        for layout in _layouts(row, resources.world_size):
-            batches = _batches(global_batch, layout)
-            if not batches or model_problems(config, layout, recipe, shape):
-                continue
-            legal = [zero for zero in zeros if _trains_under(recipe, config, layout, *zero)]
-            for (stage, optimizer, param), batch, recomputes in product(legal, batches, recomputations):
-                yield Choice(layout, stage, optimizer, param, batch, recomputes)
-
-
-def _trains_under(
-    recipe: Recipe, config: Mapping[str, Any], layout: Layout, stage: int, optimizer: str, param: str
-) -> bool:
-    """Whether the recipe's optimizer, its compiler and its parts of the sequence go with a stage and its offload."""
-    offloads = (optimizer, param) != ("none", "none")
-    problems = [*compile_problems(config, layout, stage, recipe), *tiling_problems(config, layout, recipe)]
-    return not problems and not optimizer_problems(recipe, layout, stage, offloads)
-
-
-def _layouts(row: Combination, world_size: int) -> Iterator[Layout]:
-    kinds = [kind for kind in ("tensor", "pipeline", "sequence", "expert") if kind in row.groups]
-    for sizes in product(*([size for size in divisors(world_size) if size > 1] for _ in kinds)):
-        named = dict(zip(kinds, sizes, strict=True))
-        per_model = prod(size for kind, size in named.items() if kind != "expert")
-        if world_size % per_model:
-            continue
-        replicas = world_size // per_model
-        if replicas % named.get("expert", 1) == 0:
-            groups = {f"{kind}_parallel_size": size for kind, size in named.items()}
-            yield Layout(world_size=world_size, data_parallel_size=replicas, **groups)
-
-
-def _zeros(recipe: Recipe, row: Combination, device: str) -> Iterator[tuple[int, str, str]]:
-    """Stages and offloads of a row, as far as the recipe leaves them open."""
-    zero = recipe.zero
-    for stage, (optimizer, param) in product(sorted(row.zero_stages), _OFFLOADS):
-        wanted = (zero.stage, zero.offload_optimizer, zero.offload_param)
-        if any(value not in (None, given) for value, given in zip(wanted, (stage, optimizer, param), strict=True)):
-            continue
-        if (optimizer != "none" and (stage == 0 or not row.offload)) or (param != "none" and stage != 3):
-            continue
-        if device == "cpu" and optimizer != "none" and zero.offload_optimizer is None:
-            continue  # the host is the device
-        yield stage, optimizer, param
-
-
-def _batches(global_batch: int, layout: Layout) -> list[BatchPlan]:
-    samples, rest = divmod(global_batch, layout.data_parallel_size)
-    if rest:
-        return []
-    return [
-        BatchPlan(micro_batch_size=micro, gradient_accumulation_steps=samples // micro, global_batch_size=global_batch)
-        for micro in divisors(samples)
-        if micro <= LARGEST_MICRO_BATCH
-    ]
-
-
-def _global_batch(recipe: Recipe, resources: Resources) -> int:
-    """The recipe's, or the one that its micro batch gives on its own layout."""
-    if recipe.training.global_batch_size is not None:
-        return recipe.training.global_batch_size
-    return make_batch(recipe, make_layout(recipe, resources)).global_batch_size  # `auto`: of data parallelism alone
-
-
 class _Judge:
     """Estimates choices of one recipe; what several of them share is made once."""
 
@@ -291,10 +157,11 @@ class _Judge:
         self.shape = shape
         self.resources = resources
         self.memory = device_memory(resources)
-        self.global_batch = _global_batch(recipe, resources)
+        self.global_batch = global_batch(recipe, resources)
         self.refused: PlanError | None = None
         self._recipes = {recomputes: with_checkpointing(recipe, recomputes) for recomputes in (False, True)}
-        self._parameters = list_parameters(config)
+        self._parts = parts_of(recipe, config)
+        self._references = reference_bytes(self._parts, config, recipe)
         self._zero = cache(self._make_zero)
         self._stages = cache(self._make_stages)
         self._states = cache(self._make_states)
@@ -321,7 +188,9 @@ class _Judge:
 
     def _ranks(self, choice: Choice, zero: DeepSpeedPlan) -> list[RankMemory]:
         layout, recipe = choice.layout, self._recipes[choice.gradient_checkpointing]
-        settings = activation_settings(recipe, layout, choice.batch, zero.config, self.resources.device)
+        settings = activation_settings(
+            recipe, self.config, self._parts, layout, choice.batch, zero.config, self.resources.device
+        )
         model = self._activations(settings)
         steps = choice.batch.gradient_accumulation_steps
         offloads = (choice.offload_optimizer, choice.offload_param)
@@ -354,7 +223,7 @@ class _Judge:
         return zero, machine
 
     def _make_stages(self, layout: Layout, vocabulary: bool) -> list[StageParameters]:
-        return shard(self._parameters, layout, vocabulary)
+        return shard(self._parts.parameters, layout, vocabulary, self._parts.frozen)
 
     def _make_states(
         self, layout: Layout, stage: int, optimizer: str, param: str, accumulates: bool
@@ -371,7 +240,7 @@ class _Judge:
         for index, held in enumerate(self._stages(layout, vocabulary_parallel(zero.config))):
             first_of_kind.setdefault((held.num_parameters, held.num_layers, held.has_head), (index, held))
         return [
-            (index, held, stage_states(held, settings, layout.expert_parallel_size))
+            (index, held, stage_states(held, settings, layout.expert_parallel_size, self._references))
             for index, held in first_of_kind.values()
         ]
 

@@ -19,22 +19,20 @@ def zero_problems(zero: Mapping[str, Any], layout: Layout) -> list[Problem]:
     return [*_offload_problems(zero, stage), *_hpz_problems(zero, stage, layout), *_quantized_problems(zero)]
 
 
-def device_problems(devices: Mapping[str, str | None]) -> list[Problem]:
-    """Say why states cannot be offloaded to a device, by the name of what is offloaded; empty when they can."""
+def parameter_device_problems(device: str | None) -> list[Problem]:
+    """Say why parameters cannot be offloaded to a device; empty when they can."""
+    if device != "nvme":
+        return []
     message = (
-        "is {}, from where no run of ours has gone on: DeepSpeed copies swap files beside a checkpoint, and neither "
-        "another layout nor export reads them (runtime/engine.py: save_checkpoint); set it to cpu"
+        "is nvme, from where no test of ours has trained: DeepSpeed fetches such parameters ahead into a fixed number "
+        "of buffers (runtime/swap_tensor/partitioned_param_swapper.py); set it to cpu"
     )
-    return [
-        Problem(message.format(device), f"zero.{name}")
-        for name, device in devices.items()
-        if device not in (None, "none", "cpu")
-    ]
+    return [Problem(message, "zero.offload_param")]
 
 
 def _offload_problems(zero: Mapping[str, Any], stage: int) -> list[Problem]:
     devices = {name: (zero.get(name) or {}).get("device", "none") for name in OFFLOADS}
-    problems = device_problems(devices)
+    problems = parameter_device_problems(devices["offload_param"])
     for name, stages in OFFLOADS.items():
         if devices[name] != "none" and stage not in stages:
             wanted = "1, 2 or 3" if len(stages) > 1 else "3"
@@ -42,6 +40,12 @@ def _offload_problems(zero: Mapping[str, Any], stage: int) -> list[Problem]:
                 f"is {devices[name]}, but ZeRO stage {stage} has nothing to offload there; set zero.stage to {wanted}"
             )
             problems.append(Problem(message, f"zero.{name}"))
+    if devices["offload_optimizer"] == "nvme" and stage in (1, 2):
+        message = (
+            f"is nvme, but ZeRO stage {stage} keeps what is offloaded in host memory all the same "
+            "(runtime/zero/stage_1_and_2.py: cpu_offload); set zero.stage to 3, or it to cpu"
+        )
+        problems.append(Problem(message, "zero.offload_optimizer"))
     return problems
 
 

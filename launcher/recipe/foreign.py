@@ -55,6 +55,7 @@ _IGNORED: dict[str, Any] = {
     "remove_unused_columns": True,
     "save_strategy": "steps",
     "skip_memory_metrics": True,
+    "torch_compile_backend": "inductor",
     "train_sampling_strategy": "random",
 }
 """What transformers writes for settings that nobody changed, and that are neither empty nor false."""
@@ -146,6 +147,7 @@ def from_axolotl(content: Mapping[str, Any]) -> Imported:
             found.left_out["adapter"] = f"{adapter!r}: quantised weights are not trained here; lora is"
     if rest.pop("flash_attention", False):
         found.put("model.attn_implementation", "flash_attention_2")
+    _axolotl_kernels(found, rest)
     packing = rest.pop("sample_packing", None)
     chats = _axolotl_sources(found, rest.pop("datasets", None) or [])
     if chats:
@@ -161,6 +163,16 @@ def from_axolotl(content: Mapping[str, Any]) -> Imported:
     put_optimizer(found, rest, "optimizer")
     name_the_rest(found, rest, _ELSEWHERE)
     return found
+
+
+def _axolotl_kernels(found: Imported, rest: dict[str, Any]) -> None:
+    """Liger's kernels, which a plugin and a switch for each of them turn on."""
+    switches = [rest.pop(key) for key in list(rest) if key.startswith("liger_")]
+    if any(switches):
+        found.put("model.kernels", "auto")
+    plugins = rest.pop("plugins", None) or []
+    if others := [name for name in plugins if "liger" not in str(name).lower()]:
+        rest["plugins"] = others
 
 
 def _axolotl_sources(found: Imported, datasets: list[Any]) -> bool:
@@ -252,15 +264,26 @@ def from_deepspeed(content: Mapping[str, Any]) -> Imported:
     zero = dict(rest.pop("zero_optimization", None) or {})
     found.put("zero.stage", zero.pop("stage", 0))
     for name in ("offload_optimizer", "offload_param"):
-        device = dict(zero.pop(name, None) or {}).get("device", "none")
+        offload = dict(zero.pop(name, None) or {})
+        device = offload.pop("device", "none")
         if device == "cpu":
             found.put(f"zero.{name}", "cpu")
+        elif device == "nvme" and name == "offload_optimizer":
+            found.put("zero.offload_optimizer", "nvme")
+            found.put("zero.nvme_path", str(offload.pop("nvme_path", "")))
+            offload.pop("pin_memory", None)
+            zero |= {name: offload} if offload else {}
         elif device != "none":
             found.left_out[f"zero_optimization.{name}"] = f"device {device!r}; cpu is what there is"
     section = rest.pop("optimizer", None) or {}
-    if "adam" not in str(section.get("type", "AdamW")).lower():
-        found.left_out["optimizer.type"] = f"{section['type']!r}; there are adamw and sgd"
+    kind = str(section.get("type", "AdamW")).lower()
+    if kind in ("lion", "fusedlion", "sgd", "muon"):
+        found.put("optimizer.type", kind.removeprefix("fused"))
+    elif "adam" not in kind:
+        found.left_out["optimizer.type"] = f"{section['type']!r}; there are adamw, lion, muon and sgd"
     optimizer = dict(section.get("params") or {})
+    if kind in ("sgd", "muon") and "momentum" in optimizer:
+        found.put("optimizer.momentum", float(optimizer.pop("momentum")))
     betas = optimizer.pop("betas", None)
     if isinstance(betas, list):
         optimizer |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}

@@ -60,6 +60,11 @@ def _length(value: Any) -> Any:
     return int(value) if positive(value) else None
 
 
+def _kernels(value: Any) -> Any:
+    """Liger's kernels: a recipe takes them on GPUs where they are installed."""
+    return "auto" if value else None
+
+
 def same(value: Any) -> Any:
     """The value as it is."""
     return value
@@ -81,6 +86,7 @@ TRAINING: dict[str, tuple[str, Convert]] = {
     "save_steps": ("checkpoint.save_steps", _steps),
     "save_total_limit": ("checkpoint.save_total_limit", _length),
     "seed": ("seed", int),
+    "torch_compile": ("training.torch_compile", lambda value: True if value is True else None),
     "warmup_ratio": ("training.warmup_ratio", positive),
     "warmup_steps": ("training.warmup_steps", _steps),
     "weight_decay": ("optimizer.weight_decay", float),
@@ -91,6 +97,7 @@ TRAINING_ARGUMENTS: dict[str, tuple[str, Convert]] = {
     **TRAINING,
     "num_train_epochs": ("training.num_train_epochs", positive),
     "per_device_train_batch_size": ("training.micro_batch_size", int),
+    "use_liger_kernel": ("model.kernels", _kernels),
 }
 AXOLOTL: dict[str, tuple[str, Convert]] = {
     **TRAINING,
@@ -117,6 +124,7 @@ LLAMA_FACTORY: dict[str, tuple[str, Convert]] = {
     "lora_rank": ("adapter.r", int),
     "lora_alpha": ("adapter.lora_alpha", float),
     "lora_dropout": ("adapter.lora_dropout", float),
+    "enable_liger_kernel": ("model.kernels", _kernels),
     "additional_target": ("adapter.modules_to_save", lambda text: [part.strip() for part in text.split(",")]),
 }
 DEEPSPEED: dict[str, tuple[str, Convert]] = {
@@ -150,16 +158,24 @@ def put_precision(found: Imported, content: dict[str, Any]) -> None:
     found.put("training.precision", "bf16" if bf16 else "fp16" if fp16 else "fp32")
 
 
-_PLAIN_ADAMW = ("adamw", "adamw_hf", "adamw_torch", "adamw_torch_fused")
+_SAME_OPTIMIZERS = {
+    **dict.fromkeys(("adamw", "adamw_hf", "adamw_torch", "adamw_torch_fused"), "adamw"),
+    **dict.fromkeys(("lion", "lion_32bit", "lion_pytorch"), "lion"),
+    **dict.fromkeys(("sgd", "adafactor", "muon"), None),
+}
+"""Names that mean one of a recipe's; `None`: the same name."""
 
 
 def put_optimizer(found: Imported, content: dict[str, Any], key: str) -> None:
-    """Carry over the optimizer's name; what there is none of here is named."""
+    """Carry over the optimizer's name; what there is none of here is named, with what is taken instead."""
     name = str(content.pop(key, None) or "adamw")
-    if name == "sgd":
-        found.put("optimizer.type", "sgd")
-    elif name not in _PLAIN_ADAMW:
-        found.left_out[key] = f"{name!r}: adamw with states in fp32 is taken"
+    if name in _SAME_OPTIMIZERS:
+        kind = _SAME_OPTIMIZERS[name] or name
+    else:
+        kind = "lion" if "lion" in name else "adamw"
+        found.left_out[key] = f"{name!r}: {kind} with states in fp32 is taken"
+    if kind != "adamw":
+        found.put("optimizer.type", kind)
 
 
 def name_the_rest(found: Imported, content: dict[str, Any], reasons: Mapping[str, str]) -> None:

@@ -58,9 +58,12 @@ class ZeroSection(Section):
     stage: int | None = Field(default=None, ge=0, le=3)
     """0: none; 1: optimizer states; 2: and gradients; 3: and parameters. Default: the DeepSpeed config's, or 2."""
     offload_optimizer: Literal["none", "cpu", "nvme"] | None = None
-    """Keep optimizer states in host memory; `nvme` is known and refused."""
+    """Keep optimizer states in host memory (stages 1 to 3), or in files on NVMe (stage 3, with nvme_path)."""
     offload_param: Literal["none", "cpu", "nvme"] | None = None
-    """Keep parameters in host memory (stage 3)."""
+    """Keep parameters in host memory (stage 3); `nvme` is known and refused."""
+    nvme_path: str | None = None
+    """Folder on a disk of each node for what is offloaded to nvme. A start makes a folder of its own in it, and
+    removes it at its end; those of starts that were killed are removed by the next start there."""
     hpz_partition_size: int | None = Field(default=None, ge=2)
     """Of stage 3: each so many workers (those of a node) keep a second copy of the weights among them, from which the
     backward pass gathers them (ZeRO++, arXiv 2306.10209, section 3.2)."""

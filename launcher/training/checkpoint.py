@@ -30,6 +30,7 @@ from launcher.training.memory_saves import MemorySaver
 from launcher.training.progress import Progress
 from launcher.training.restore import Restorer
 from launcher.training.shared_directory import check_shared
+from launcher.training.swap_folder import offload_section
 from launcher.training.universal_load import load_universal
 
 FINAL = ("end", "stop")
@@ -72,7 +73,8 @@ class CheckpointManager:
         self.notify = notify
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self.files = CheckpointFiles(self.rank)
+        on_nvme = offload_section(plan.deepspeed_config).get("device") == "nvme"
+        self.files = CheckpointFiles(self.rank, maps_states=on_nvme)
         self._recipe_hash = recipe_hash(plan.recipe)
         self._versions = {name: version(name) for name in WRITERS}  # 10 ms, which each save would wait for
         self.failed_saves = 0

@@ -24,11 +24,13 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # deepspeed has 
 
     Args:
         rank: of this process.
+        maps_states: optimizer states are copied as they are read, so that their file need not be read whole.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, *, maps_states: bool = False) -> None:
         super().__init__()
         self.rank = rank
+        self._maps_states = maps_states
         self.folder = Path()
         self.records: dict[str, FileRecord] = {}
         self.errors: list[str] = []
@@ -65,6 +67,8 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # deepspeed has 
             folder, read = self._elsewhere
             with read(str(Path(path).relative_to(folder))) as content:
                 return read_state(Path(path), map_location=map_location, content=content)
+        if self._maps_states and path.endswith("optim_states.pt"):
+            return read_state(Path(path), mapped=True)
         return read_state(Path(path), map_location=map_location)
 
     @contextmanager

@@ -14,6 +14,8 @@ from launcher.planning.plan import Plan
 from launcher.recipe.training_sections import TrainingSection
 from launcher.training import upstream
 from launcher.training.lion import Lion
+from launcher.training.swap_folder import SwapFolder
+from launcher.training.swapped_states import build_async_io, keep_whole_states
 
 DEPTH = "layers_above"
 """Key of a parameter group: so many layers lie above its parameters."""
@@ -134,14 +136,21 @@ def _own_optimizer(section: dict[str, Any]) -> Callable[[Any], torch.optim.Optim
     return lambda groups: Lion(groups, **section["params"])
 
 
-def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
+def build_engine(plan: Plan, model: nn.Module, max_steps: int, swap: SwapFolder | None = None) -> Any:
     """Initialise DeepSpeed on a model, on every rank.
+
+    Args:
+        plan: of the run.
+        model: to train.
+        max_steps: of the schedule.
+        swap: where the optimizer's files are, if the plan has it on NVMe.
 
     Returns:
         The `DeepSpeedEngine`, with optimizer and schedule inside.
 
     Raises:
-        RecipeError: the device does not compute in the plan's precision, or the schedule is not known.
+        RecipeError: the device does not compute in the plan's precision, the schedule is not known, or DeepSpeed cannot
+            compile what NVMe needs.
     """
     import deepspeed
 
@@ -155,16 +164,20 @@ def build_engine(plan: Plan, model: nn.Module, max_steps: int) -> Any:
     if plan.layout.expert_parallel_size > 1:
         upstream.let_auto_ep_capture_outputs()
         groups = upstream.named_groups(groups)
+    if swap is not None:
+        build_async_io()
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         model_parameters=groups,
         optimizer=_own_optimizer(plan.deepspeed_config["optimizer"]),
         lr_scheduler=scheduler_factory(plan.recipe.training, max_steps),
-        config=plan.deepspeed_config,
+        config=plan.deepspeed_config if swap is None else swap.config(plan.deepspeed_config),
         mpu=mpu,
     )
     if precision != "fp32" and plan.zero_stage == 0:
         upstream.forget_the_dummy_step(engine)
     if precision == "fp16":
         upstream.mend_the_loss_scale(engine, plan.zero_stage)
+    if swap is not None:
+        keep_whole_states(engine)
     return engine

@@ -2,57 +2,29 @@
 
 import contextlib
 import hashlib
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from launcher.data.loader import BatchLoader, Collate, StepBatch
+from launcher.data.loader import BatchLoader, StepBatch
 from launcher.data.sampler import GlobalOrder
 from launcher.data.store import PreparedData
-from launcher.models.compiling import use_kernels
-from launcher.planning.layout import Coordinates
 from launcher.planning.plan import Plan
 from launcher.run_directory import append_json_line, read_json_lines
-from launcher.tasks import Metrics, Task, make_task
-from launcher.training.around_steps import AroundSteps
+from launcher.tasks import Metrics
 from launcher.training.batch_norm import share_running_statistics
-from launcher.training.checkpoint import CheckpointManager
 from launcher.training.context import Phase, WorkerContext
 from launcher.training.distributed import Agreement, max_over_ranks, sum_over_ranks
-from launcher.training.engine import build_engine, total_steps
 from launcher.training.evaluation import Evaluation, evaluate, generate
 from launcher.training.export import checkpoint_to_export, export_checkpoint
 from launcher.training.measuring import measure, watched_score, write_evaluation
-from launcher.training.monitor import Monitor, Throughput, memory_bytes
-from launcher.training.numeric import LossWatch, Observed
-from launcher.training.passes import Passes, StepOutcome, counts, make_passes, own_part
+from launcher.training.monitor import Throughput, memory_bytes
+from launcher.training.numeric import Observed
+from launcher.training.passes import StepOutcome, counts
 from launcher.training.profiling import ProfilerWindow
-from launcher.training.progress import Progress, TrainResult
-from launcher.training.save_triggers import SaveTriggers
-
-
-@dataclass
-class Session:
-    """Everything one rank holds while it trains."""
-
-    plan: Plan
-    context: WorkerContext
-    device: torch.device
-    task: Task
-    prepared: PreparedData
-    engine: Any
-    checkpoints: CheckpointManager
-    progress: Progress
-    max_steps: int
-    monitor: Monitor | None
-    losses: LossWatch
-    place: Coordinates
-    passes: Passes
-    collate: Collate
-    triggers: SaveTriggers | None
-    around: AroundSteps
+from launcher.training.progress import TrainResult
+from launcher.training.session import Session, open_session
 
 
 def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: torch.device) -> TrainResult:
@@ -94,6 +66,8 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
         window.close()
         loader.close()
         session.checkpoints.close()
+        if session.swap is not None:
+            session.swap.close()
     return _finish(session, stopped=not _finished(session))
 
 
@@ -113,53 +87,6 @@ def _next_batch(session: Session, loader: BatchLoader) -> StepBatch:
         batch = next(loader)
         if not session.losses.is_skipped(batch.consumed_samples - size, batch.consumed_samples):
             return batch
-
-
-def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, device: torch.device) -> Session:
-    """Build model and engine, and load the newest checkpoint."""
-    heartbeat = context.heartbeat
-    heartbeat.enter(Phase.ENGINE)
-    task = make_task(plan, prepared.facts)
-    samples = sum(len(dataset) for dataset in prepared.split("train"))
-    max_steps = total_steps(plan.recipe.training, samples, plan.batch.global_batch_size)
-    torch.manual_seed(plan.recipe.seed)
-    model = task.build_model()
-    if (notice := use_kernels(model, plan, device)) and context.rank == 0:
-        heartbeat.notify(notice)
-    engine = build_engine(plan, model, max_steps)
-    heartbeat.enter(Phase.LOAD)
-    progress = Progress()
-    around = AroundSteps(plan, engine, prepared, max_steps, context.rank, lambda: progress.step)
-    checkpoints = CheckpointManager(
-        context.run_directory.checkpoints,
-        plan,
-        prepared.fingerprint,
-        heartbeat.notify,
-        around.average,
-        context.memory,
-        around.ranks,
-    )
-    progress = checkpoints.load(engine)
-    heartbeat.begun(progress.step, max_steps, from_memory=checkpoints.from_memory)
-    monitor = Monitor(plan, context.run_directory, progress.step, device) if context.rank == 0 else None
-    return Session(
-        plan=plan,
-        context=context,
-        device=device,
-        task=task,
-        prepared=prepared,
-        engine=engine,
-        checkpoints=checkpoints,
-        progress=progress,
-        max_steps=max_steps,
-        monitor=monitor,
-        losses=LossWatch(plan.recipe.fault_tolerance, context.run_directory, context.rank),
-        place=plan.layout.coordinates(context.rank),
-        passes=make_passes(plan, engine, task, device, heartbeat, around.before_step),
-        collate=own_part(task.collate, plan.layout, plan.layout.coordinates(context.rank)),
-        triggers=SaveTriggers(context.run_directory, plan.recipe.checkpoint) if context.rank == 0 else None,
-        around=around,
-    )
 
 
 def _train_loader(session: Session) -> BatchLoader:

@@ -20,6 +20,7 @@ from launcher.tasks import make_task
 from launcher.training.distributed import join_process_group
 from launcher.training.engine import build_engine
 from launcher.training.passes import own_part
+from launcher.training.swap_folder import open_swap_folder
 from tests.support.live_storages import LiveStorages
 
 Storages = dict[int, int]
@@ -47,6 +48,9 @@ def weights(engine: Any, task: Any) -> Storages:
     reference = getattr(task, "_copy", None)
     if reference is not None:
         parameters += reference.parameters()
+    teacher = getattr(task, "_teacher", None)
+    if teacher is not None:
+        parameters += teacher.model.parameters()
     tensors = [parameter.data for parameter in parameters]
     tensors += [parameter.ds_tensor.data for parameter in parameters if hasattr(parameter, "ds_tensor")]
     for name in ("fp16_partitioned_groups_flat", "param_groups_fp16_flat_cpu_memory"):
@@ -71,6 +75,9 @@ def gradients(engine: Any, task: Any) -> Storages:
         for group in getattr(zero, name, {}).values():
             tensors += group or []
     tensors += getattr(zero, "accumulated_grads_in_cpu", {}).values()
+    swapper = getattr(zero, "optimizer_swapper", None)
+    for swapped in [] if swapper is None else swapper.swap_params_info.values():
+        tensors += swapped.unswapped_gradients.values()
     tensors.append(getattr(zero, "grad_partitions_flat_buffer", None))
     return storages(tensors)
 
@@ -79,7 +86,9 @@ def optimizer_states(engine: Any, task: Any) -> Storages:
     zero = engine.optimizer
     states = getattr(zero, "optimizer", zero).state.values()
     moments = [value for state in states for value in state.values()]
-    return storages([*(tensor.data for tensor in master_weights(engine)), *moments])
+    swapper = getattr(zero, "optimizer_swapper", None)
+    buffers = [] if swapper is None else swapper.swap_buffer_manager.all_buffers
+    return storages([*(tensor.data for tensor in master_weights(engine)), *moments, *buffers])
 
 
 def measure(engine: Any, task: Any, before: Storages) -> dict[str, int]:
@@ -99,10 +108,11 @@ def run(plan: Plan) -> dict[str, int]:
     """Measure after the first forward pass of the second step, and after its backward pass."""
     before = all_live()
     task = make_task(plan, {"pad_token_id": 0})
-    engine = build_engine(plan, task.build_model(), max_steps=4)
+    swap = open_swap_folder(plan)
+    engine = build_engine(plan, task.build_model(), max_steps=4, swap=swap)
     accumulation = plan.batch.gradient_accumulation_steps
     place = plan.layout.coordinates(int(os.environ["RANK"]))
-    make = two_answers if plan.recipe.task == "preference" else two_documents
+    make = MAKE.get(plan.recipe.task, two_documents)
     cut = own_part(lambda _: make(plan), plan.layout, place)
     for micro_step in range(accumulation + 1):
         torch.manual_seed(micro_step)  # tensor-parallel ranks see the same tokens
@@ -120,6 +130,8 @@ def run(plan: Plan) -> dict[str, int]:
             result = measure(engine, task, before)
         engine.step()
     engine.destroy()
+    if swap is not None:
+        swap.close()
     return {**result, "activations": activations, "gathered": gathered}
 
 
@@ -138,6 +150,20 @@ def two_answers(plan: Plan) -> dict[str, torch.Tensor]:
     labels = torch.randint(1, 64, shape)
     labels[:, : shape[1] // 2] = -100
     return {"input_ids": torch.randint(1, 64, shape), "labels": labels}
+
+
+def judged_answers(plan: Plan) -> dict[str, torch.Tensor]:
+    """A micro batch of KTO's: answers that are good or bad, and the same prompts with other answers."""
+    shape = (plan.batch.micro_batch_size, plan.recipe.data.sequence_length)
+    batch = {"desirable": torch.arange(shape[0]) % 2 == 0}
+    for prefix in ("", "other_"):
+        labels = torch.randint(1, 64, shape)
+        labels[:, : shape[1] // 2] = -100
+        batch |= {f"{prefix}input_ids": torch.randint(1, 64, shape), f"{prefix}labels": labels}
+    return batch
+
+
+MAKE = {"preference": two_answers, "kto": judged_answers}
 
 
 def main() -> None:

@@ -2,18 +2,20 @@
 
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
 
 from launcher.errors import PlanError
+from launcher.planning.choices import choices
 from launcher.planning.combinations import COMBINATIONS, combination_problems, kinds, model_problems
 from launcher.planning.explain import compare
 from launcher.planning.fit import HOST_USABLE, USABLE
 from launcher.planning.kept_states import kept_bytes, saved_bytes
 from launcher.planning.layout import Resources
 from launcher.planning.plan import Plan, make_plan, search_layouts
-from launcher.planning.search import choices, why_slower
+from launcher.planning.search import why_slower
 from launcher.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -269,10 +271,57 @@ def test_a_comparison_shows_both_plans(make_recipe: MakeRecipe) -> None:
     assert "waiting for pipeline stages" not in rows
 
 
+PAIRS = {"task": "preference", "data.packing": "none"}
+DATA_PARALLEL: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": {"method": "lora"}},
+    "dora": {"adapter": {"method": "dora"}},
+    "prompt": {"adapter": {"method": "prompt_tuning"}, "data.packing": "none"},
+    "frozen": {"model.freeze": ["*.embed_tokens.*"]},
+    "dpo": PAIRS,
+    "dpo of an adapter": {**PAIRS, "adapter": {"method": "lora"}},
+    "kto": {"task": "kto", "data.packing": "none"},
+    "chats": {"data.format": "chat", "data.packing": "none"},
+    "average": {"training.ema": {}},
+    "rates by layer": {"optimizer.layer_wise_lr_decay": 0.9},
+}
+
+
+@pytest.mark.parametrize("kind", DATA_PARALLEL)
+def test_a_layout_is_chosen_for_what_is_data_parallel(make_recipe: MakeRecipe, kind: str) -> None:
+    changes = deepcopy({**BIG, "parallel": "auto", "data.sequence_length": 1024, **DATA_PARALLEL[kind]})
+    recipe = make_recipe(changes)
+    result = search_layouts(recipe, H100)
+    assert result.best
+    assert {item.choice.layout.model_parallel_size for item in result.best} == {1}
+    if kind == "kto":
+        assert min(item.choice.batch.micro_batch_size for item in result.best) == 2
+    plan = make_plan(recipe, H100)
+    assert plan.batch.global_batch_size == 64
+    assert plan.ranks is not None
+    (rank,) = plan.ranks
+    assert rank == result.best[0].rank
+    assert result.num_choices > 10
+
+
+def test_what_is_held_besides_decides_what_fits(make_recipe: MakeRecipe) -> None:
+    """DPO holds a second model whole, its adapter holds none, and a pair is two texts."""
+    fixed = deepcopy({**BIG, **PAIRS, "zero.stage": 3, "data.sequence_length": 1024})
+
+    def least(**changes: Any) -> int:
+        result = search_layouts(make_recipe({**fixed, "parallel": "auto", **changes}), H100)
+        return min(item.rank.device_bytes for item in result.best)
+
+    simpo = least(preference={"method": "simpo"})
+    model = make_plan(make_recipe({**fixed, "parallel": "auto"}), H100).model
+    assert model is not None
+    assert least() - simpo == 2 * model.num_parameters
+    assert least(adapter={"method": "lora"}) < simpo
+
+
 @pytest.mark.parametrize(
     "changes", [{"adapter": {"method": "dora"}}, {"model.freeze": ["*.embed_tokens.*"]}], ids=["adapter", "frozen"]
 )
-def test_what_is_not_training_of_all_parameters_is_neither_refused_nor_searched(
+def test_what_is_not_training_of_all_parameters_is_not_refused(
     make_recipe: MakeRecipe, changes: dict[str, Any]
 ) -> None:
     training = {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 1}
@@ -280,8 +329,6 @@ def test_what_is_not_training_of_all_parameters_is_neither_refused_nor_searched(
     plan = make_plan(recipe, H100)
     assert plan.memory is not None
     assert "activations are counted as if all of the model were trained: they are less" in plan.notes
-    with pytest.raises(PlanError, match="no layout can be chosen: it is trained in part, which is data parallel"):
-        search_layouts(recipe, H100)
 
 
 def test_an_adapter_is_refused_where_it_does_not_fit(make_recipe: MakeRecipe) -> None:

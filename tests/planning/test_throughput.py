@@ -15,7 +15,8 @@ from launcher.planning.collectives import Fabric
 from launcher.planning.layout import Layout
 from launcher.planning.model_shape import model_shape
 from launcher.planning.published import by_source, read_rows
-from launcher.planning.throughput import Machine, StepTime, Work, step_time
+from launcher.planning.throughput import step_time
+from launcher.planning.work import Machine, StepTime, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = read_rows()

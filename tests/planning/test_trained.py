@@ -5,30 +5,46 @@ from typing import Any
 
 import pytest
 import torch
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import constants
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.models.adapters import add_adapter, freeze
+from launcher.planning.adapters import IA3_FEEDFORWARD, IA3_TARGETS, LORA_TARGETS
 from launcher.planning.layout import Resources
 from launcher.planning.plan import make_plan
-from launcher.planning.trained import _PEFT_TARGETS, parts_of
+from launcher.planning.trained import parts_of
 from launcher.recipe.schema import Recipe
 from tests.support.small_models import small
 
 MakeRecipe = Callable[..., Recipe]
 
-ADAPTERS = {
-    "llama": {"method": "lora", "r": 4},
-    "qwen3": {"method": "dora", "r": 3, "target_modules": ["q_proj", "o_proj", "down_proj"]},
-    "gemma2": {"method": "rslora"},
-    "gpt2": {"method": "lora", "target_modules": ["c_attn", "mlp.c_proj"]},
-    "gpt_neox": {"method": "lora"},
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("llama", {"method": "lora", "r": 4}),
+    "dora": ("qwen3", {"method": "dora", "r": 3, "target_modules": ["q_proj", "o_proj", "down_proj"]}),
+    "rslora": ("gemma2", {"method": "rslora"}),
+    "lora gpt2": ("gpt2", {"method": "lora", "target_modules": ["c_attn", "mlp.c_proj"]}),
+    "lora gpt_neox": ("gpt_neox", {"method": "lora"}),
+    "lora and its head": ("llama", {"method": "lora", "modules_to_save": ["lm_head"]}),
+    "lora and a module": ("qwen2", {"method": "lora", "modules_to_save": ["embed_tokens", "layers.1.mlp"]}),
+    **{f"ia3 {family}": (family, {"method": "ia3"}) for family in IA3_TARGETS},
+    "ia3 of a few": ("llama", {"method": "ia3", "target_modules": ["q_proj", "up_proj", "down_proj"]}),
+    **{
+        f"{method} {family}": (family, {"method": method, "num_virtual_tokens": 7})
+        for method in ("prefix_tuning", "prompt_tuning", "p_tuning")
+        for family in ("llama", "qwen3", "gpt2")
+    },
 }
 
 
 def test_peft_chooses_the_modules_that_the_plan_says() -> None:
-    for family, targets in _PEFT_TARGETS.items():
-        assert tuple(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[family]) == targets
+    tables = {
+        "LORA_TARGET_MODULES": LORA_TARGETS,
+        "IA3_TARGET_MODULES": IA3_TARGETS,
+        "IA3_FEEDFORWARD_MODULES": IA3_FEEDFORWARD,
+    }
+    for name, table in tables.items():
+        theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{name}_MAPPING")
+        assert {family: tuple(theirs[family]) for family in table} == table
 
 
 def model_of(config: dict[str, Any]) -> Any:
@@ -36,19 +52,28 @@ def model_of(config: dict[str, Any]) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
 
 
-@pytest.mark.parametrize("family", ADAPTERS)
-def test_an_adapters_parameters(family: str, make_recipe: MakeRecipe) -> None:
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapters_parameters(name: str, make_recipe: MakeRecipe) -> None:
+    family, section = ADAPTERS[name]
     config = small(family)
-    recipe = make_recipe({"model.config": config, "adapter": ADAPTERS[family]})
+    recipe = make_recipe({"model.config": config, "adapter": section, "data.packing": "none"})
     parts = parts_of(recipe, config)
     assert recipe.adapter is not None
     adapted = add_adapter(model_of(config), recipe.adapter, "CAUSAL_LM", seed=1)
-    real = {
-        name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default", ""): parameter
-        for name, parameter in adapted.named_parameters()
-    }
-    assert {tensor.name: tensor.shape for tensor in parts.parameters} == {n: tuple(p.shape) for n, p in real.items()}
+    is_prompt = recipe.adapter.is_prompt
+    real = {plain_name(name, is_prompt=is_prompt): parameter for name, parameter in adapted.named_parameters()}
+    planned = {tensor.name: tensor.shape for tensor in parts.parameters}
+    assert planned == {name: tuple(parameter.shape) for name, parameter in real.items()}
+    assert len(planned) == len(parts.parameters)
     assert parts.frozen == {name for name, parameter in real.items() if not parameter.requires_grad}
+
+
+def plain_name(name: str, *, is_prompt: bool) -> str:
+    """Without what peft puts around and between."""
+    name = name.removeprefix("base_model." if is_prompt else "base_model.model.")
+    for part in (".base_layer", ".default", ".original_module"):
+        name = name.replace(part, "")
+    return name
 
 
 def test_frozen_parameters(make_recipe: MakeRecipe) -> None:
@@ -65,16 +90,23 @@ def test_frozen_parameters(make_recipe: MakeRecipe) -> None:
 @pytest.mark.parametrize(
     ("adapter", "reason"),
     [
-        ({"method": "ia3"}, "ia3 is not counted; lora, rslora and dora are"),
         ({"method": "adalora"}, "adalora is not counted; lora, rslora and dora are"),
-        ({"method": "lora", "modules_to_save": ["lm_head"]}, "modules_to_save are held twice"),
+        ({"method": "prompt_tuning", "modules_to_save": ["lm_head"]}, "modules_to_save are not counted with prompt"),
+        ({"method": "lora", "modules_to_save": ["q_proj"]}, "q_proj is adapted and saved"),
         ({"method": "lora", "target_modules": ["embed_tokens"]}, "embed_tokens lies outside of the layers"),
     ],
 )
 def test_other_adapters_are_not_counted(make_recipe: MakeRecipe, adapter: dict[str, Any], reason: str) -> None:
-    plan = make_plan(make_recipe({"adapter": adapter}), Resources())
+    plan = make_plan(make_recipe({"adapter": adapter, "data.packing": "none"}), Resources())
     assert plan.memory is None
-    assert f"memory is not counted: {reason}" in plan.notes
+    assert any(note.startswith(f"memory is not counted: {reason}") for note in plan.notes)
+
+
+def test_a_head_that_is_the_embedding_is_not_counted_twice(make_recipe: MakeRecipe) -> None:
+    config = small("llama", tie_word_embeddings=True)
+    adapter = {"method": "lora", "modules_to_save": ["lm_head"]}
+    plan = make_plan(make_recipe({"model.config": config, "adapter": adapter}), Resources())
+    assert "memory is not counted: a head that is tied to the embedding is not saved by itself" in plan.notes
 
 
 def test_a_family_that_peft_has_no_choice_for_needs_names(make_recipe: MakeRecipe) -> None:

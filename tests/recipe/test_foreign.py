@@ -191,6 +191,52 @@ def test_the_command_writes_a_recipe_and_tells_what_is_left(tmp_path: Path) -> N
     assert isinstance(CliRunner().invoke(app, command).exception, ExpectedError), "it is not overwritten"
 
 
+def test_kernels_compilation_and_lion_of_every_tool(tmp_path: Path) -> None:
+    liger = "plugins: [axolotl.integrations.liger.LigerPlugin, mine.Plugin]\nliger_rope: true\nliger_rms_norm: true\n"
+    found = {
+        "axolotl.yml": AXOLOTL.replace("optimizer: adamw_8bit", "optimizer: lion_8bit\ntorch_compile: true") + liger,
+        "factory.yaml": LLAMA_FACTORY + "enable_liger_kernel: true\ntorch_compile: true\noptim: lion_32bit\n",
+        "arguments.json": {
+            "output_dir": "out", "use_liger_kernel": True, "torch_compile": True, "torch_compile_backend": "inductor",
+            "optim": "lion_32bit", "num_train_epochs": 1,
+        },
+    }  # fmt: skip
+    rest = (
+        "model.model_name_or_path=gpt2", "data.sources=[{type: jsonl, files: [a.jsonl]}]", "data.sequence_length=64",
+    )  # fmt: skip
+    for name, content in found.items():
+        one = imported(tmp_path, name, content)
+        recipe = loaded(tmp_path, one, *rest)
+        assert (recipe.model.kernels, recipe.training.torch_compile, recipe.optimizer.type) == ("auto", True, "lion")
+        assert not {"torch_compile_backend", "use_liger_kernel", "liger_rope", "optim"} & set(one.left_out)
+        if name == "axolotl.yml":
+            assert one.left_out["optimizer"] == "'lion_8bit': lion with states in fp32 is taken"
+            assert "plugins" in one.left_out
+    off = imported(tmp_path, "off.yaml", LLAMA_FACTORY + "enable_liger_kernel: false\ntorch_compile: false\n")
+    assert "kernels" not in off.recipe["model"]
+    assert "torch_compile" not in off.recipe["training"]
+    assert not {"enable_liger_kernel", "torch_compile"} & set(off.left_out)
+
+
+def test_deepspeeds_other_optimizers_and_states_on_nvme(tmp_path: Path) -> None:
+    zero = {
+        "stage": 3,
+        "offload_optimizer": {"device": "nvme", "nvme_path": "/local", "pin_memory": True, "buffer_count": 5},
+    }
+    content = {**DEEPSPEED, "zero_optimization": zero, "aio": {"block_size": 2097152}}
+    found = imported(tmp_path, "ds_nvme.json", content)
+    assert found.recipe["zero"] == {"stage": 3, "offload_optimizer": "nvme", "nvme_path": "/local"}
+    overrides = found.recipe["deepspeed"]["overrides"]
+    assert overrides["zero_optimization"] == {"offload_optimizer": {"buffer_count": 5}}
+    assert overrides["aio"] == {"block_size": 2097152}
+    for name, kind in (("FusedLion", "lion"), ("SGD", "sgd"), ("Muon", "muon")):
+        optimizer = {"type": name, "params": {"lr": 3e-5, "momentum": 0.9} if kind != "lion" else {"lr": 3e-5}}
+        found = imported(tmp_path, "other.json", {**DEEPSPEED, "optimizer": optimizer})
+        assert found.recipe["optimizer"] == {"type": kind, **({} if kind == "lion" else {"momentum": 0.9})}
+    found = imported(tmp_path, "none.json", {**DEEPSPEED, "optimizer": {"type": "Lamb", "params": {"lr": 3e-5}}})
+    assert "'Lamb'; there are adamw, lion, muon and sgd" in found.left_out["optimizer.type"]
+
+
 @pytest.mark.parametrize("content", ["{}", "a: 1", "[1, 2]", ": :", "key: [1"])
 def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
     with pytest.raises(ExpectedError, match=r"is not known for a file of Axolotl|cannot read"):

@@ -26,7 +26,8 @@ from launcher.run_directory import RunDirectory
 from launcher.training.context import Heartbeat, Phase, WorkerContext
 from launcher.training.engine import check_precision
 from launcher.training.export import export_checkpoint
-from launcher.training.loop import open_session, train
+from launcher.training.loop import train
+from launcher.training.session import open_session
 
 
 def _context(run_directory: str) -> WorkerContext:
@@ -61,14 +62,18 @@ def pretend_fp16(supported: bool | None) -> None:
 
 
 def refusal_of_precision(precision: str, supported: bool) -> str | None:
-    """What `check_precision` says of a processor that computes in fp16 or does not."""
-    pretend_fp16(supported)
+    """What `check_precision` says of a processor that computes in 16 bit of that kind or does not."""
+    from deepspeed.accelerator import get_accelerator
+
+    kind, name = type(get_accelerator()), f"is_{precision}_supported"
+    asks = getattr(kind, name)
+    setattr(kind, name, lambda self: supported)
     try:
         check_precision(precision)
     except RecipeError as error:
         return str(error)
     finally:
-        pretend_fp16(None)
+        setattr(kind, name, asks)
     return None
 
 

@@ -10,8 +10,8 @@ from cases import _context
 from launcher.data.store import PreparedData
 from launcher.planning.plan import Plan
 from launcher.tasks.sentence_embedding import contrastive_loss
-from launcher.training.loop import open_session
 from launcher.training.measuring import measure as measure_all
+from launcher.training.session import open_session
 
 
 def measure(run_directory: str, data: str) -> dict[str, Any]:

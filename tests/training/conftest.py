@@ -158,11 +158,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, prepared: PreparedDat
 @pytest.fixture
 def make_run(tmp_path: Path, base_recipe: Path) -> Callable[..., tuple[RunDirectory, Plan]]:
     """Write a run directory for the base recipe with overrides; the plan is for `workers` CPU workers."""
+    return _make_run(tmp_path, base_recipe)
 
+
+@pytest.fixture(scope="module")
+def module_run(tmp_path_factory: pytest.TempPathFactory, base_recipe: Path) -> Callable[..., tuple[RunDirectory, Plan]]:
+    """The same for runs that the tests of a module share."""
+    return _make_run(tmp_path_factory.mktemp("runs"), base_recipe)
+
+
+def _make_run(folder: Path, base_recipe: Path) -> Callable[..., tuple[RunDirectory, Plan]]:
     def make(*overrides: str, workers: int = 2, name: str = "run") -> tuple[RunDirectory, Plan]:
         recipe: Recipe = load_recipe(base_recipe, overrides)
         plan = make_plan(recipe, Resources(nodes=1, workers_per_node=workers))
-        directory = RunDirectory.at(tmp_path / name)
+        directory = RunDirectory.at(folder / name)
         write_run(directory, plan)
         return directory, plan
 

@@ -49,9 +49,3 @@ def test_tensor_parallel_stages(tied: bool, model_type: str, ranks_of: RanksOf, 
     model = equality.model(model_type, tie_word_embeddings=tied)
     settings = ("pipeline_parallel_size=2", "tensor_parallel_size=2", "zero.stage=1")
     equality.check(ranks_of(4), *settings, model=model, data_parallel=1)
-
-
-@pytest.mark.distributed
-def test_three_dimensions_on_eight_ranks(ranks_of: RanksOf, equality: Equality) -> None:
-    settings = ("pipeline_parallel_size=2", "tensor_parallel_size=2", "zero.stage=1")
-    equality.check(ranks_of(8), *settings, model=equality.model(), data_parallel=2)

@@ -99,12 +99,14 @@ def test_fp16_goes_on_with_the_loss_scale_that_it_saved(
 
 
 @pytest.mark.distributed
-def test_fp16_is_refused_where_the_processor_does_not_compute_in_it(one_rank: Ranks) -> None:
-    refused = one_rank.call("cases:refusal_of_precision", precision="fp16", supported=False)[0]
-    assert refused == (
-        "recipe: 1 problem\n  training.precision: this processor does not compute in fp16; set it to fp32 or bf16"
-    )
-    assert one_rank.call("cases:refusal_of_precision", precision="fp16", supported=True) == [None]
+def test_16_bits_are_refused_where_the_processor_does_not_compute_in_them(one_rank: Ranks) -> None:
+    for precision in ("fp16", "bf16"):
+        (refused,) = one_rank.call("cases:refusal_of_precision", precision=precision, supported=False)
+        start = (
+            f"recipe: 1 problem\n  training.precision: this processor does not compute in {precision}; set it to fp32"
+        )
+        assert refused.startswith(start)
+        assert one_rank.call("cases:refusal_of_precision", precision=precision, supported=True) == [None]
 
 
 def _loss_scale(checkpoint: Path, stage: int) -> float:

@@ -9,6 +9,8 @@ import inspect
 import deepspeed
 import pytest
 import torch
+from deepspeed.ops.op_builder import quantizer
+from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 from deepspeed.runtime import utils
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
@@ -17,7 +19,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.lr_schedules import WarmupLR
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
-from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer, Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from transformers.utils import output_capturing
@@ -107,3 +109,15 @@ def test_our_registry_answers_both() -> None:
     assert recorded.get(model) == recorded.get(str(model.__class__), None) == {"hidden_states": 1}
     assert recorded.get("unknown", None) is None
     assert recorded.get(torch.nn.ReLU()) == {}
+
+
+def test_quantised_communication_has_kernels_for_gpus_alone() -> None:
+    """Why `planning/zero_settings.py` refuses qwZ and qgZ (ZeRO++): no test of ours can run them."""
+    from deepspeed.accelerator import get_accelerator
+
+    assert "QuantizerBuilder().load()" in inspect.getsource(CUDAQuantizer)
+    assert issubclass(quantizer.QuantizerBuilder, CUDAOpBuilder)
+    if get_accelerator().device_name() != "cpu":
+        return
+    with pytest.raises(ValueError, match="This op had not been implemented on CPU backend"):
+        get_accelerator().create_op_builder("QuantizerBuilder").load()
