@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import BackendError
+from cluster.types import DEFAULT_NODE_TIMEOUT_S
 
 SPEC_FILE = "spec.json"
 
@@ -37,6 +38,7 @@ class JobSpec:
         names: of the nodes, when they are known beforehand.
         spawn_peers: the first node's process starts those of the others, on the same machine.
         submitted: Unix time.
+        node_timeout_s: how long a lost node may stay unnoticed.
     """
 
     name: str
@@ -53,6 +55,7 @@ class JobSpec:
     names: tuple[str, ...] = ()
     spawn_peers: bool = False
     submitted: float = field(default_factory=time.time)
+    node_timeout_s: float = DEFAULT_NODE_TIMEOUT_S
 
     def write(self, job_directory: Path) -> None:
         """Put it where the nodes read it."""

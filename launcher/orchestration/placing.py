@@ -25,6 +25,7 @@ class GroupShape:
         environment: set in every worker.
         warm: keep spare workers.
         warm_after_seconds: of training, before they are started.
+        memory: keep states in the nodes' memory.
     """
 
     nodes: int
@@ -34,6 +35,7 @@ class GroupShape:
     environment: dict[str, str]
     warm: bool = False
     warm_after_seconds: float = 0.0
+    memory: bool = False
 
     @property
     def bundle(self) -> dict[str, float]:
