@@ -23,7 +23,7 @@ def export(
         float | None, typer.Option(min=0, max=1, help="Set this share of the layers' weights, the smallest, to zero.")
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="int8: linear layers compute in 8 bits (needs zerofleet[quantize]).")
+        str | None, typer.Option(help="int8: write model.onnx with matrices in 8 bits (needs zerofleet[onnx]).")
     ] = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Write model.onnx, compared with the model (needs zerofleet[onnx]).")
@@ -68,7 +68,7 @@ def _check(dtype: str | None, prune: float | None, quantize: str | None, onnx: b
         )
     if max_samples is not None and (onnx or not wanted):
         raise ExpectedError("--max-samples says on how much is measured, and only --prune and --quantize measure")
-    if onnx and dtype not in (None, "fp32"):
+    if (onnx or quantize) and dtype not in (None, "fp32"):
         raise ExpectedError(f"--dtype {dtype}: model.onnx is written in fp32; leave --dtype out")
 
 
@@ -101,8 +101,8 @@ def _print(found: Mapping[str, Any]) -> None:
         if kind == "pruned":
             print(f"{facts['zeros']:,} of {facts['weights']:,} weights of its layers are zero")
         elif kind == "quantized":
-            print(f"{facts['layers']} layers in 8 bits, {facts['bytes_before']:,} -> {facts['bytes_after']:,} bytes; "
-                  "from_pretrained loads it where torchao is installed")  # fmt: skip
+            sizes = f"{facts['bytes_before']:,} -> {facts['bytes_after']:,} bytes"
+            print(f"model.onnx: {facts['products']} matrix products in 8 bits, {sizes}")
         else:
             outputs = ", ".join(facts["outputs"])
             print(f"model.onnx: {', '.join(facts['inputs'])} -> {outputs}, {facts['difference']:.1e} from the model's")

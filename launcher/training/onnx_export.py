@@ -73,35 +73,63 @@ def export_onnx(folder: Path, plan: Plan, prepared: PreparedData, target: Path) 
         DataError: nothing is held out to compare on.
         StorageError: the folder cannot be written.
     """
+    require("--onnx")
+    held_out(prepared)
+    _, task, model = whole_to_export(folder, plan, prepared, "--onnx")
+    with scratch_beside(target) as scratch:
+        converted = convert_into(scratch / "made", task, model, plan, prepared)
+        replace_folder(scratch / "made", target)
+    return converted
+
+
+def require(option: str) -> None:
+    """Check that what converts and runs ONNX is installed.
+
+    Raises:
+        ExpectedError: it is not.
+    """
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401 (runs it)
         import onnxscript  # noqa: F401 (what torch.onnx builds with)
     except ImportError as error:
-        raise ExpectedError(f"--onnx needs the package {error.name}: pip install 'zerofleet[onnx]'") from error
+        raise ExpectedError(f"{option} needs the package {error.name}: pip install 'zerofleet[onnx]'") from error
 
-    datasets = held_out(prepared)
-    rows = [dataset[index] for dataset in datasets for index in range(min(len(dataset), 8))]
-    _, task, model = whole_to_export(folder, plan, prepared, "--onnx")
+
+def open_session(file: Path) -> Any:
+    """Let ONNX Runtime run a file on the CPU."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+
+def convert_into(
+    made: Path, task: Task, model: Any, plan: Plan, prepared: PreparedData, *, file: bool = True
+) -> Converted:
+    """Write `model.onnx`, compared with the model on held-out samples, with config and tokenizer; or the latter alone.
+
+    Raises:
+        ExpectedError: torch cannot convert the model, or the file computes something else.
+    """
+    rows = [dataset[index] for dataset in held_out(prepared) for index in range(min(len(dataset), 8))]
     restore_scalars(model, task)
+    made.mkdir()
+    model.config.save_pretrained(made)
+    tokenizer = tokenizer_of(model, plan, prepared.tokenizer_directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(made)
     traced, other = task.collate(rows[:3] if len(rows) > 2 else rows * 3), task.collate(rows[-1:] * 2)
     inputs, fixed, outputs = _call_of(task, model, traced)
+    if not file:
+        return Converted(tuple(inputs), tuple(outputs), 0.0)
     plain = _Plain(model, tuple(inputs), fixed, tuple(outputs)).eval()
-    with scratch_beside(target) as scratch:
-        made = scratch / "made"
-        made.mkdir()
-        _convert(plain, tuple(inputs.values()), made / FILE)
-        session = onnxruntime.InferenceSession(str(made / FILE), providers=["CPUExecutionProvider"])
-        difference = max(_difference(session, plain, _call_of(task, model, batch)[0]) for batch in (traced, other))
-        if not difference <= TOLERANCE:
-            raise ExpectedError(
-                f"--onnx: the converted {model.config.model_type} computes something else: its outputs are "
-                f"{difference:.1e} from the model's, relative to the largest"
-            )
-        model.config.save_pretrained(made)
-        tokenizer = tokenizer_of(model, plan, prepared.tokenizer_directory)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(made)
-        replace_folder(made, target)
+    _convert(plain, tuple(inputs.values()), made / FILE)
+    session = open_session(made / FILE)
+    difference = max(_difference(session, plain, _call_of(task, model, batch)[0]) for batch in (traced, other))
+    if not difference <= TOLERANCE:
+        raise ExpectedError(
+            f"--onnx: the converted {model.config.model_type} computes something else: its outputs are "
+            f"{difference:.1e} from the model's, relative to the largest"
+        )
     return Converted(tuple(inputs), tuple(outputs), difference)
 
 

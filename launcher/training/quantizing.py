@@ -1,8 +1,9 @@
-"""Exporting with linear layers that compute in 8 bits, measured before and after."""
+"""Exporting as ONNX with matrices in 8 bits, measured before and after."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from torch import nn
 
 from launcher.data.store import PreparedData
 from launcher.errors import ExpectedError
-from launcher.models.build import DTYPES
 from launcher.planning.plan import Plan
-from launcher.training.export import scratch_beside, tokenizer_of, write_folder
-from launcher.training.offline import figures_alone, held_out, restore_scalars, whole_to_export
+from launcher.training.export import replace_folder, scratch_beside
+from launcher.training.offline import figures_alone, held_out, whole_to_export
+from launcher.training.onnx_export import FILE, convert_into, open_session, require
 
 
 @dataclass(frozen=True)
@@ -21,28 +22,44 @@ class Quantized:
     """What quantising did.
 
     Attributes:
-        layers: that compute in 8 bits now.
-        bytes_before: of the weights' files without it.
+        products: matrix products that are computed in 8 bits now.
+        bytes_before: of `model.onnx` without it.
         bytes_after: with it.
-        before: loss and metrics by name, on the held-out data.
-        after: the same of the written folder, loaded again.
+        before: loss and metrics by name, on the held-out data, of the model.
+        after: the same of the written file, run by ONNX Runtime.
     """
 
-    layers: int
+    products: int
     bytes_before: int
     bytes_after: int
     before: Mapping[str, float]
     after: Mapping[str, float]
 
 
+class _Session(nn.Module):
+    """A file that ONNX Runtime runs, in the place of a model."""
+
+    def __init__(self, session: Any, model: Any) -> None:
+        super().__init__()
+        self.config = model.config
+        self.get_output_embeddings = model.get_output_embeddings
+        self.number_format = nn.Parameter(torch.zeros(1))  # tasks ask a model's parameters for it
+        self._session = session
+        self._inputs = [each.name for each in session.get_inputs()]
+        self._outputs = [each.name for each in session.get_outputs()]
+
+    def forward(self, **inputs: Any) -> Any:
+        """What the file gives, by name."""
+        found = self._session.run(self._outputs, {name: inputs[name].numpy() for name in self._inputs})
+        return SimpleNamespace(**{name: torch.from_numpy(one) for name, one in zip(self._outputs, found, strict=True)})
+
+
 def export_quantized(
     folder: Path, plan: Plan, prepared: PreparedData, target: Path, max_samples: int | None = None
 ) -> Quantized:
-    """Write a checkpoint as a Hugging Face folder whose linear layers have 8-bit weights; an adapter is merged first.
+    """Write a checkpoint as `model.onnx` whose matrix products are in 8 bits, as `export_onnx` does without.
 
-    Each row of a weight has a scale; each token's activations get one when they are there (dynamic quantisation, as in
-    LLM.int8, arXiv 2208.07339, without its outliers). The head that shares the embeddings' weights, and the head of a
-    language model, stay as they are. `from_pretrained` loads the folder where torchao is installed.
+    A weight has one scale; activations get theirs when they are there (dynamic quantisation, by ONNX Runtime).
 
     Args:
         folder: of a complete checkpoint.
@@ -52,42 +69,37 @@ def export_quantized(
         max_samples: measure on so many held-out samples at most.
 
     Raises:
-        ExpectedError: torchao is not installed, the adapter is a prompt, or no layer is linear.
+        ExpectedError: a package is missing, the model cannot be converted, or has no matrix product.
         DataError: nothing is held out to measure on.
         StorageError: the folder cannot be written.
     """
-    try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-    except ImportError as error:
-        raise ExpectedError("--quantize needs the package torchao: pip install 'zerofleet[quantize]'") from error
-    from transformers import TorchAoConfig
+    require("--quantize")
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
 
     held_out(prepared)
     alone, task, model = whole_to_export(folder, plan, prepared, "--quantize")
+    if task.writes:
+        raise ExpectedError("--quantize is not for models that write texts in evaluations (seq2seq.metrics)")
     before = figures_alone(alone, task, model, prepared, max_samples)
-    model.config.use_cache = True
-    restore_scalars(model, task)
-    dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
     with scratch_beside(target) as scratch:
-        whole = scratch / "whole"
-        write_folder(model.to(dtype), whole)
-        settings = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
-        small = task.auto_class.from_pretrained(whole, quantization_config=settings, dtype=dtype)
-        layers = sum(1 for layer in small.modules() if isinstance(layer, nn.Linear) and _is_quantized(layer.weight))
-        if not layers:
-            raise ExpectedError("--quantize: the model has no linear layer to quantise; use --prune or --dtype bf16")
-        write_folder(small, target, tokenizer_of(small, plan, prepared.tokenizer_directory))
-        bytes_before = _size(whole)
-    again = task.auto_class.from_pretrained(target, dtype=dtype).eval()
-    after = figures_alone(alone, task, again, prepared, max_samples)
-    return Quantized(layers, bytes_before, _size(target), before, after)
-
-
-def _is_quantized(weight: torch.Tensor) -> bool:
-    """Whether a weight is of one of torchao's own classes."""
-    kind: Any = type(weight.data if type(weight) is nn.Parameter else weight)
-    return str(kind.__module__).startswith("torchao")
+        made, whole = scratch / "made", scratch / "whole"
+        convert_into(whole, task, model, plan, prepared)
+        convert_into(made, task, model, plan, prepared, file=False)
+        quantize_dynamic(
+            whole / FILE, made / FILE, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
+        )
+        nodes = onnx.load(str(made / FILE), load_external_data=False).graph.node
+        products = sum(1 for node in nodes if node.op_type == "MatMulInteger")
+        if not products:
+            raise ExpectedError("--quantize: the model has no matrix product to quantise; use --prune or --dtype bf16")
+        session: Any = _Session(open_session(made / FILE), model)
+        after = figures_alone(alone, task, session, prepared, max_samples)
+        sizes = _size(whole), _size(made)
+        replace_folder(made, target)
+    return Quantized(products, *sizes, before, after)
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Bytes of the file, and of the weights beside it."""
+    return sum(file.stat().st_size for file in folder.glob(f"{FILE}*"))

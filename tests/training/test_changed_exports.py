@@ -1,4 +1,4 @@
-"""Exports in 8 bits and as ONNX: what they compute, that others load them, and what is refused."""
+"""Exports in 8 bits and as ONNX: what they compute, that ONNX Runtime runs them, and what is refused."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def export(run: Any, target: Path, *options: str) -> Any:
 
 
 @pytest.mark.distributed
-def test_eight_bits_are_measured_and_loaded_by_transformers(run: Any, tmp_path: Path) -> None:
+def test_eight_bits_are_measured(run: Any, tmp_path: Path) -> None:
     directory, plan, prepared = run
     found = export(run, tmp_path / "small", "--quantize", "int8", "--max-samples", "60")["quantized"]
     (checkpoint,) = folders.complete(directory.checkpoints)
@@ -55,17 +55,15 @@ def test_eight_bits_are_measured_and_loaded_by_transformers(run: Any, tmp_path: 
     assert found["bytes_after"] < found["bytes_before"]
     export(run, tmp_path / "whole")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
-    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small").eval()
-    linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
-    assert found["layers"] == len(linear)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small")
-    inputs = tokenizer("json.dumps(obj, indent=4)", return_tensors="pt")
+    assert found["products"] == sum(isinstance(layer, torch.nn.Linear) for layer in model.modules())
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "small")("json.dumps(obj, indent=4)", return_tensors="pt")
+    session = onnxruntime.InferenceSession(str(tmp_path / "small" / "model.onnx"), providers=["CPUExecutionProvider"])
+    fed = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    fed["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    (logits,) = session.run(["logits"], {name: values.numpy() for name, values in fed.items()})
     with torch.no_grad():
-        expected, got = model(**inputs).logits, small(**inputs).logits
-    assert 0 < float((expected - got).abs().max()) < 0.3 * float(expected.abs().max())
-    weight = model.get_submodule(linear[0]).weight.detach()
-    rows = weight.abs().amax(dim=1, keepdim=True) / 127
-    assert float((small.get_submodule(linear[0]).weight.dequantize() - weight).abs().max()) <= float(rows.max()) * 0.51
+        expected = model(**fed).logits.numpy()
+    assert 0 < np.abs(logits - expected).max() < 0.3 * np.abs(expected).max()
 
 
 @pytest.mark.distributed
@@ -141,7 +139,7 @@ def test_options_that_say_nothing_are_refused(options: list[str], text: str, tmp
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("package", "option"), [("torchao", "--quantize=int8"), ("onnxruntime", "--onnx")])
+@pytest.mark.parametrize(("package", "option"), [("onnxscript", "--quantize=int8"), ("onnxruntime", "--onnx")])
 def test_a_missing_package_is_named(run: Any, package: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, package, None)
     for module in [name for name in __import__("sys").modules if name.startswith(f"{package}.")]:
