@@ -3,9 +3,9 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cluster.errors import DocumentError, ExpectedError, Problem
 from cluster.profile_sections import RayJobSection, SlurmSection, SshSection
@@ -89,6 +89,13 @@ class Profile(BaseModel):
     ray: RayJobSection = RayJobSection()
     """Of jobs submitted to the ray backend."""
 
+    @field_validator("nodes", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> Any:
+        if isinstance(value, dict | str):  # load_profile has taken {min: ..., max: ...} apart
+            raise ValueError(f"must be a whole number or {{min: 2, max: 8}}, not {_on_a_line(value)}")
+        return value
+
     @model_validator(mode="after")
     def _elastic_between(self) -> Self:
         if self.min_nodes is not None and self.min_nodes > self.nodes:
@@ -156,6 +163,12 @@ class Profile(BaseModel):
                 "set workers_per_node to a number, or device to cpu"
             )
         return self.nodes, gpus if device == "cuda" else 2, device
+
+
+def _on_a_line(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {inner}' for key, inner in value.items())}}}"
+    return repr(value)
 
 
 def visible_gpus() -> int:

@@ -244,6 +244,11 @@ def test_an_elastic_number_of_nodes(tmp_path: Path):
     path.write_text("backend: ray\nnodes: {min: 9, max: 8}\n")
     with pytest.raises(ProfileError, match="min_nodes is 9, more than nodes 8"):
         load_profile(path)
+    for text, told in (("2-8", "'2-8'"), ("{min: 2, maximum: 8}", "{min: 2, maximum: 8}"), ("{max: 8}", "{max: 8}")):
+        path.write_text(f"backend: ray\nnodes: {text}\n")
+        with pytest.raises(ProfileError) as caught:
+            load_profile(path)
+        assert f"line 2  nodes: must be a whole number or {{min: 2, max: 8}}, not {told}" in str(caught.value)
     path.write_text("backend: ssh\nworkers_per_node: 1\ndevice: cpu\nnodes: {min: 1, max: 3}\nssh: {hosts: [a, b]}\n")
     with pytest.raises(ProfileError, match=r"nodes is 3, but ssh.hosts has 2"):
         load_profile(path)
