@@ -136,10 +136,10 @@ def of_run(jobs_folder: Path, known: list[JobRecord] | None = None) -> list[JobR
     run_directory = str(jobs_folder.parent)
     known = records() if known is None else known
     own = {record.id: record for record in known if record.run_directory == run_directory}
-    # A folder that was copied, and not moved, holds copies of records of jobs that are not its own.
-    others = {record.id for record in known if record.id not in own and Path(record.run_directory).is_dir()}
+    elsewhere = {record.id: Path(record.run_directory) for record in known if record.id not in own}
     for record in _copies(jobs_folder):
-        if record.id not in own and record.id not in others:
+        # A folder that was copied, and not moved, holds records of jobs that are not its own.
+        if record.id not in own and not (record.id in elsewhere and elsewhere[record.id].is_dir()):
             # The run's directory may have been moved since: what lies in it says where it is now.
             moved = {
                 "run_directory": run_directory,
