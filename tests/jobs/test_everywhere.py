@@ -44,12 +44,14 @@ class Life:
         run_directory: of the run.
         seen: its state and reason at each look, where they differ from the look before.
         followed: what `logs -f` wrote.
+        attached: what `attach` wrote.
         status: at the end.
     """
 
     run_directory: Path
     seen: list[tuple[str, str]]
     followed: str
+    attached: str
     status: dict[str, Any]
 
 
@@ -58,7 +60,7 @@ def live(
 ) -> Life:
     """Submit the recipe and watch it to its end; `meanwhile` is called with the job's id while it waits or runs."""
     job = zerofleet.submit(profile, run_directory)
-    follower = zerofleet.process("logs", "-f", job)
+    follower, attached = zerofleet.process("logs", "-f", job), zerofleet.process("attach", job)
     seen: list[tuple[str, str]] = []
 
     def is_over() -> dict[str, Any] | None:
@@ -72,8 +74,9 @@ def live(
         meanwhile(job)
     status = wait_for(is_over, f"end of {job}", timeout=180, every=0.5)
     followed, _ = follower.communicate(timeout=30)
-    assert (status["state"], follower.returncode) == ("COMPLETED", 0), followed
-    return Life(run_directory, seen, followed, status)
+    line, _ = attached.communicate(timeout=30)
+    assert (status["state"], follower.returncode, attached.returncode) == ("COMPLETED", 0, 0), followed
+    return Life(run_directory, seen, followed, line, status)
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,9 @@ def test_slurm_from_submit_to_the_end(on_slurm: SlurmLife, zerofleet: Zerofleet,
     assert on_slurm.status["node_names"] == ["n[1-2]"]
     run_directory = str(on_slurm.run_directory)
     assert on_slurm.followed == zerofleet.ok("logs", run_directory)
+    first, *_, last = on_slurm.attached.splitlines()
+    assert first.startswith("PENDING")
+    assert re.match(rf"COMPLETED \| step {STEPS}/{STEPS} \| loss \d", last)
     assert "ray: 2 of 2 nodes are up" in on_slurm.followed
     assert_phases(on_slurm.status, on_slurm.followed, zerofleet.ok("status", run_directory))
     assert "ray: joined" in zerofleet.ok("logs", run_directory, "--node", "1")
