@@ -120,7 +120,7 @@ def test_an_elastic_job_does_without_a_host_that_is_not_there(make_request, call
     assert "Connection refused" in report.message
     for nodes, hosts in ((3, ["gpu3", "gpu1", "gpu2"]), (2, ["gpu1", "gpu3"])):
         request = make_request(
-            nodes=nodes, min_nodes=2, backend="ssh", run_directory=tmp_path / hosts[1], ssh={"hosts": hosts}
+            nodes=nodes, min_nodes=2, backend="ssh", run_directory=tmp_path / f"refused-{nodes}", ssh={"hosts": hosts}
         )
         with pytest.raises(
             BackendError, match=f"the job cannot start on 1 of {nodes} hosts:\n  gpu3: ssh to gpu3 fails"
