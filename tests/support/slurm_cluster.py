@@ -67,7 +67,7 @@ FirstJobId={first_job_id}
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 GresTypes=gpu
-NodeName=DEFAULT NodeHostname={hostname} NodeAddr=127.0.0.1 CPUs=4 RealMemory=24000 State=UNKNOWN
+NodeName=DEFAULT CPUs=4 RealMemory=24000 State=UNKNOWN
 {node_lines}
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL Default=NO MaxTime=INFINITE State=UP PriorityTier=10
@@ -147,9 +147,11 @@ class SlurmCluster:
         files = "".join(f"NodeName={last} Name=gpu File={gpu}\n" for gpu in gpus)
         (self.folder / "gres.conf").write_text(files)
         names = [f"n{index}" for index in range(1, self.nodes + 1)]
-        lines = [f"NodeName={name} Port={port}" for name, port in zip(names, ports[1:], strict=True)]
+        hostname = socket.gethostname().split(".")[0]
+        here = f"NodeHostname={hostname} NodeAddr=127.0.0.1"
+        lines = [f"NodeName={name} {here} Port={port}" for name, port in zip(names, ports[1:], strict=True)]
         text = CONFIGURATION.format(
-            hostname=socket.gethostname().split(".")[0],
+            hostname=hostname,
             user=pwd.getpwuid(os.getuid()).pw_name,
             folder=self.folder,
             port=ports[0],
