@@ -191,7 +191,7 @@ def _arms(me: Engine) -> dict[str, Callable[[int], Callable[[], bool]]]:
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-    from launcher.training.checkpoint import Progress
+    from launcher.training.progress import Progress
 
     beside, within = me.manager("ours"), me.manager("within", "asynchronous=false")
     me.managers = [beside, within]

@@ -50,9 +50,21 @@ def train(job: dict[str, Any]) -> None:
             records.write(json.dumps({"step": step, "time": time.time(), "pid": os.getpid()}) + "\n")
             records.flush()
         if step % job["save_steps"] == 0:
-            engine.save_checkpoint(
-                str(folder), tag=f"step{step % (2 * job['save_steps'])}", client_state={"step": step}
-            )
+            tag = f"step{step % (2 * job['save_steps'])}"
+            engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
+            if rank == 0:
+                point_to(folder, tag)
+
+
+def point_to(folder: Path, tag: str) -> None:
+    """Name the newest checkpoint once all ranks have written theirs, as whoever wants to recover would.
+
+    DeepSpeed's own `latest` is written before the barrier at the end of a save (runtime/engine.py: save_checkpoint): a
+    rank that is killed while it writes leaves a pointer to half a checkpoint, from which no restart comes up.
+    """
+    new = folder / "latest.new"
+    new.write_text(tag)
+    new.replace(folder / "latest")
 
 
 def under_ray_train(job: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ has failed to; it is started anew for the next kill. Arms take turns: in each ro
 share of its times.
 
     zerofleet warm   spare workers wait; the kill waits for them, as failures are hours apart
+    zerofleet memory warm spares, and the state in host memory every ten steps (fault_tolerance.memory_checkpoint)
     zerofleet cold   fault_tolerance.warm_workers is false
     torchrun         --max-restarts, with a rendezvous store of each attempt's own
     ray train        TorchTrainer with a FailureConfig
@@ -29,7 +30,7 @@ import common
 import psutil
 from common import BIN, HERE, WORKERS, Bench, Setting, Spread
 
-ARMS = ("zerofleet warm", "zerofleet cold", "torchrun", "ray train")
+ARMS = ("zerofleet warm", "zerofleet memory", "zerofleet cold", "torchrun", "ray train")
 SAVE_STEPS = 50
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """For torchrun, whose restarts otherwise read the addresses of the attempt before in the agent's store and fail, again
@@ -62,8 +63,13 @@ class Arm:
         self.records = self.folder / ("metrics.jsonl" if self.ours else "records.jsonl")
         if self.ours:
             warm = ("warm_workers=true", "warm_workers_after_seconds=1")
+            kinds: dict[str, tuple[str, ...]] = {
+                "zerofleet warm": warm,
+                "zerofleet memory": (*warm, "fault_tolerance.memory_checkpoint.every_steps=10"),
+                "zerofleet cold": ("warm_workers=false",),
+            }
             overrides = (
-                *(warm if name == "zerofleet warm" else ("warm_workers=false",)),
+                *kinds[name],
                 *("max_steps=1000000", f"save_steps={SAVE_STEPS}", "logging_steps=1"),
                 *("max_restarts=1000", "exclude_node_after=null"),
             )
@@ -119,7 +125,7 @@ class Arm:
 
     def is_ready(self) -> bool:
         """Whether as many spares wait as there are workers, where there are any."""
-        if self.name != "zerofleet warm":
+        if self.name not in ("zerofleet warm", "zerofleet memory"):
             return True
         warm = {log for log in (self.folder / "logs").glob("spare_*") if "warm" in log.read_text()}
         waiting = {int(log.stem.rpartition("_")[2]) for log in warm} - set(self.pids())

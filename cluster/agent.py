@@ -183,7 +183,7 @@ class OtherNode(NodeAgent):
 
     def _join(self, ray: RayNode, head_address: str, token: str) -> Outcome:
         say(f"ray: joining {head_address} as {self.place.address}")
-        ray.join(head_address, RaySecrets(token))
+        ray.join(head_address, RaySecrets(token, self.spec.node_timeout_s))
         joined = False
         while self.folder.outcome() is None and not self.ending_now:
             if not joined and ray.is_up:

@@ -80,7 +80,7 @@ class FirstNode(NodeAgent):
 
     def _start_head(self) -> tuple[str, RaySecrets]:
         """Start Ray here, on other ports if something else takes them meanwhile."""
-        cluster = RaySecrets(secrets.token_hex(32))
+        cluster = RaySecrets(secrets.token_hex(32), self.spec.node_timeout_s)
         for attempt in range(1, START_TRIES + 1):
             ports = port_block(f"{self.place.port_key}/0", self.place.address, skip=attempt - 1)
             log = self.folder.ray_log(0)

@@ -51,6 +51,7 @@ def spec_of(
         addresses=addresses,
         names=names,
         spawn_peers=spawn_peers,
+        node_timeout_s=request.node_timeout_seconds,
     )
 
 

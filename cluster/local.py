@@ -24,7 +24,7 @@ from cluster.ray_node import (
     start_head,
     start_worker,
 )
-from cluster.types import JobRecord, JobRequest, JobState, JobStatus, Log, Submission
+from cluster.types import DEFAULT_NODE_TIMEOUT_S, JobRecord, JobRequest, JobState, JobStatus, Log, Submission
 
 HEAD_TIMEOUT_S = 60.0
 
@@ -52,7 +52,9 @@ class LocalRay:
 
 
 @contextmanager
-def local_ray(resources: NodeResources, nodes: int = 1) -> Iterator[LocalRay]:
+def local_ray(
+    resources: NodeResources, nodes: int = 1, node_timeout_s: float = DEFAULT_NODE_TIMEOUT_S
+) -> Iterator[LocalRay]:
     """Start a Ray cluster on loopback, without dashboard and with token authentication; end it on leaving.
 
     Returns soon: Ray needs a few seconds more, in which the caller can do other work.
@@ -60,8 +62,9 @@ def local_ray(resources: NodeResources, nodes: int = 1) -> Iterator[LocalRay]:
     Args:
         resources: what each node hands out.
         nodes: Ray nodes, all on this machine, each with an address of its own.
+        node_timeout_s: how long the loss of one may stay unnoticed.
     """
-    cluster = RaySecrets(secrets.token_hex(32))
+    cluster = RaySecrets(secrets.token_hex(32), node_timeout_s)
     key = f"{os.getuid()}/{os.getpid()}"
     addresses = [usable_address("127.0.0.1", index) for index in range(nodes)]
     with ExitStack() as stack:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cluster.errors import ExpectedError
 from cluster.processes import end_tree, prepare_child
+from cluster.types import DEFAULT_NODE_TIMEOUT_S, NODE_TIMEOUT_VARIABLE
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """Heartbeats are all that crosses Ray; the least that Ray takes without complaint is 75 MiB."""
@@ -42,6 +43,9 @@ PORTS_PER_NODE = len(PORT_OPTIONS) + len(HEAD_PORT_OPTIONS) + len(_METRIC_PORTS)
 PORT_RANGE = range(20_000, 32_000)
 """Below Linux' range for outgoing connections (32768 and up), above what daemons usually take."""
 
+HEALTH_CHECKS = 5
+"""So many health checks in a row a node must miss before it is given up."""
+
 RAY_SETTINGS = {
     "RAY_AUTH_MODE": "token",  # said outright: ray start guesses differently for head and workers
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -56,12 +60,6 @@ RAY_SETTINGS = {
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "RAY_event_stats": "0",
     "RAY_memory_monitor_refresh_ms": "1000",
-    # A node that dies or is cut off is known to be gone after about 10 s; Ray's own values take up to a minute.
-    # Tighter ones give up healthy nodes of a machine that is very busy.
-    "RAY_health_check_initial_delay_ms": "0",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "5",
 }
 """Variables of every process of the clusters that we start: our choice of Ray's settings."""
 
@@ -93,14 +91,35 @@ class RaySecrets:
 
     Attributes:
         token: of Ray's token authentication.
+        node_timeout_s: how long a node that dies or is cut off may stay unnoticed.
     """
 
     token: str
+    node_timeout_s: float = DEFAULT_NODE_TIMEOUT_S
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables of every process that joins the cluster, our choice of Ray's settings included."""
-        return {**RAY_SETTINGS, "RAY_AUTH_TOKEN": self.token}
+        return {
+            **RAY_SETTINGS,
+            **health_checks(self.node_timeout_s),
+            NODE_TIMEOUT_VARIABLE: f"{self.node_timeout_s:g}",
+            "RAY_AUTH_TOKEN": self.token,
+        }
+
+
+def health_checks(bound_s: float) -> dict[str, str]:
+    """Ray's settings with which a node that dies or is cut off is given up within a bound; its own take up to a minute.
+
+    Each of the checks waits for its answer, and a third of its time for the next check.
+    """
+    each_ms = bound_s * 1000 / HEALTH_CHECKS
+    return {
+        "RAY_health_check_initial_delay_ms": "0",
+        "RAY_health_check_period_ms": str(int(each_ms / 3)),
+        "RAY_health_check_timeout_ms": str(int(each_ms * 2 / 3)),
+        "RAY_health_check_failure_threshold": str(HEALTH_CHECKS),
+    }
 
 
 def port_block(key: str, address: str, skip: int = 0) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import BackendError
+from cluster.types import DEFAULT_NODE_TIMEOUT_S
 
 SPEC_FILE = "spec.json"
 
@@ -40,6 +41,7 @@ class JobSpec:
         min_nodes: fewest machines to go on with when others do not come; None: all are needed.
         memory_per_node: bytes that Ray hands out on each; None: what Ray finds.
         submitted: Unix time.
+        node_timeout_s: how long a lost node may stay unnoticed.
     """
 
     name: str
@@ -59,6 +61,7 @@ class JobSpec:
     min_nodes: int | None = None
     memory_per_node: int | None = None
     submitted: float = field(default_factory=time.time)
+    node_timeout_s: float = DEFAULT_NODE_TIMEOUT_S
 
     def write(self, job_directory: Path) -> None:
         """Put it where the nodes read it."""

@@ -19,6 +19,12 @@ PHASES_VARIABLE = "ZEROFLEET_PHASES"
 STOP_FILE_VARIABLE = "ZEROFLEET_STOP_FILE"
 """Names a file to a driver whose being there asks it to save and end, where no signal can be sent."""
 
+DEFAULT_NODE_TIMEOUT_S = 15.0
+"""How long a node that dies or is cut off may stay unnoticed; less gives up nodes of a machine that is very busy."""
+
+NODE_TIMEOUT_VARIABLE = "ZEROFLEET_NODE_TIMEOUT_S"
+"""Tells a driver within how many seconds its Ray notices the loss of a node; absent where others have set Ray up."""
+
 
 class JobState(StrEnum):
     """Where a job is. One table for each backend maps its own words to these."""
@@ -60,6 +66,7 @@ class JobRequest:
         save_before_end_seconds: how long before the end of its time the job must save and stop.
         progress_directory: a folder whose contents change when the run gets on (its checkpoints).
         memory_per_node: bytes that Ray hands out on each; None: what Ray finds.
+        node_timeout_seconds: how long a node of a Ray that is started for the job may be gone unnoticed.
     """
 
     name: str
@@ -73,6 +80,7 @@ class JobRequest:
     save_before_end_seconds: int
     progress_directory: Path
     memory_per_node: int | None = None
+    node_timeout_seconds: float = DEFAULT_NODE_TIMEOUT_S
 
 
 @dataclass(frozen=True)

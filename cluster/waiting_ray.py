@@ -14,6 +14,7 @@ from pathlib import Path
 
 def main() -> int:
     """Import Ray, wait for the head's address and the token, join."""
+    import ray.dashboard.optional_deps  # noqa: F401 - ray start would import it when it is half done
     from ray.scripts.scripts import cli
 
     line = sys.stdin.readline()

@@ -16,7 +16,7 @@ from cluster import registry
 from cluster.backends import backend_for
 from cluster.profile import Profile
 from cluster.ray_node import NodeResources
-from cluster.types import JobRecord, JobRequest, JobState
+from cluster.types import DEFAULT_NODE_TIMEOUT_S, JobRecord, JobRequest, JobState
 from launcher.errors import ExpectedError
 from launcher.orchestration.connecting import connect
 from launcher.orchestration.driver import completed_summary, drive, read_plan
@@ -104,7 +104,7 @@ def run_foreground(plan: Plan, profile: Profile, run_directory: RunDirectory, ob
         record_provenance(run_directory.provenance, profile)
         os.environ.update(profile.environment)
         started = psutil.Process().create_time()
-        with _ray(profile, plan.resources) as check_alive:
+        with _ray(profile, plan.resources, plan.recipe.fault_tolerance.node_timeout_seconds) as check_alive:
             return drive(run_directory, observer, check_alive, {"started": started, "nodes_joined": time.time()})
 
 
@@ -129,7 +129,9 @@ def examine_profile(profile: Profile, run_directory: Path) -> "Examination":
 
 
 @contextmanager
-def _ray(profile: Profile, resources: Resources) -> Iterator[Callable[[], None]]:
+def _ray(
+    profile: Profile, resources: Resources, node_timeout_s: float = DEFAULT_NODE_TIMEOUT_S
+) -> Iterator[Callable[[], None]]:
     """Have RAY_ADDRESS name a cluster: the user's, or one of our own for the time of the run."""
     address = profile.address or os.environ.get("RAY_ADDRESS")
     if profile.backend == "ray" or address:
@@ -140,7 +142,7 @@ def _ray(profile: Profile, resources: Resources) -> Iterator[Callable[[], None]]
         return
     from cluster.local import local_ray
 
-    with local_ray(node_resources(resources), resources.nodes) as ray:
+    with local_ray(node_resources(resources), resources.nodes, node_timeout_s) as ray:
         before = {name: os.environ.get(name) for name in ray.environment}
         os.environ.update(ray.environment)
         try:
@@ -177,6 +179,7 @@ def make_request(plan: Plan, profile: Profile, run_directory: RunDirectory) -> J
         memory_per_node=node.memory,
         save_before_end_seconds=plan.recipe.fault_tolerance.save_before_end_seconds,
         progress_directory=run_directory.checkpoints,
+        node_timeout_seconds=plan.recipe.fault_tolerance.node_timeout_seconds,
     )
 
 

@@ -44,7 +44,7 @@ class Manifest(BaseModel):
         rng: how each step's random generators are seeded; no generator's state has to be kept.
         versions: of the libraries that wrote it, by name.
         saved_at: Unix time.
-        reason: why it was saved: `interval`, `end`, `stop`, `request`, `convert`.
+        reason: why it was saved: `interval`, `end`, `stop`, `request`, `convert`, `memory`.
         source: checksum of the manifest that this one was converted from; `None` for what the engine saved.
         files: every file of the folder but this one, by path relative to it.
     """

@@ -35,7 +35,7 @@ class LiveObserver:
         text = {
             RunState.STARTING: f"data ready after {facts.get('seconds_to_prepare', 0)} s; starting Ray workers",
             RunState.RUNNING: f"attempt {facts.get('attempt')}: {len(facts.get('workers', []))} workers started",
-            RunState.RECOVERING: f"restarting from the last checkpoint (restart {facts.get('restart')})",
+            RunState.RECOVERING: f"restarting from {_origin(facts)} (restart {facts.get('restart')})",
             RunState.RESIZING: f"going on with {facts.get('nodes')} nodes: {facts.get('reason', '')}",
             RunState.WAITING: f"waiting for nodes: {facts.get('reason', '')}",
             RunState.FAILED: f"failed: {facts.get('reason', '')}",
@@ -80,6 +80,11 @@ class LiveObserver:
             self.stream.write("\n")
             self.stream.flush()
             self._shown = ""
+
+
+def _origin(facts: dict[str, Any]) -> str:
+    step = facts.get("kept_step")
+    return "the last checkpoint" if step is None else f"the state of step {step} in memory"
 
 
 def print_summary(summary: dict[str, Any], plan: "Plan", run_directory: RunDirectory) -> None:

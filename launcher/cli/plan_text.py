@@ -70,6 +70,13 @@ def _facts(plan: "Plan") -> Iterator[tuple[str, str]]:
     else:
         yield "all steps", f"{training.num_train_epochs:g} epochs"
     yield "precision", f"{training.precision}, ZeRO stage {plan.zero_stage}"
+    kept = plan.recipe.fault_tolerance.memory_checkpoint
+    if kept is not None:
+        from launcher.planning.kept_states import kept_bytes
+
+        size = "" if plan.ranks is None else f", in {readable_bytes(kept_bytes(plan.recipe, plan.ranks, resources))}"
+        where = "its own and the next node's" if resources.nodes > 1 else "the node's"
+        yield "in memory", f"the state of every {kept.every_steps} steps in {where} host memory{size} of each at most"
     if plan.model is not None:
         model = plan.model
         yield (

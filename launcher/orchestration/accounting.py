@@ -7,7 +7,7 @@ death) is the rest of it, so the parts always add up to the whole.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +19,9 @@ INTERRUPTED = "interrupted"
 
 STRAGGLER = "straggler"
 """State in the record of a slow rank; the run's own state does not change."""
+RESUMED = "resumed"
+"""State in the record of an attempt that began with a state in memory; the run's own state does not change."""
+RECORDS = (STRAGGLER, RESUMED)
 
 START_PHASES = (Phase.IMPORT, Phase.RENDEZVOUS, Phase.ENGINE, Phase.LOAD)
 JOB_MOMENTS = (
@@ -45,6 +48,8 @@ class Ledger:
     steps_made: int = 0
     step: int = 0
     saved_step: int = 0
+    kept_step: int = 0
+    spent_before_keep: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, beat: Beat) -> "Ledger":
@@ -56,7 +61,15 @@ class Ledger:
             beat.steps_made,
             beat.step,
             beat.saved_step,
+            beat.kept_step,
+            {name: round(seconds, 4) for name, seconds in beat.spent_before_keep.items()},
         )
+
+    def going_back_to(self, kept_step: int) -> "Ledger":
+        """The same for who goes on from a state in memory, if one is newer than the newest checkpoint."""
+        if kept_step <= self.saved_step or not self.spent_before_keep:
+            return self
+        return replace(self, spent_before_save=self.spent_before_keep)
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""
@@ -198,8 +211,9 @@ class _Reader:
             self.open_attempt = event["attempt"]
         elif state in ATTEMPT_ENDS and self.open_attempt is not None:
             self.end_attempt(event)
-        elif state == STRAGGLER:
-            self.stragglers.append(event)
+        elif state in RECORDS:
+            if state == STRAGGLER:
+                self.stragglers.append(event)
             return
         elif state in (RunState.DRAINING, RunState.SAVING):
             return
@@ -242,6 +256,7 @@ class _Reader:
         state = event["state"]
         facts = {name: value for name, value in event.items() if name not in ("time", "state", "ledger", "workers")}
         ledger = Ledger(**event["ledger"]) if event.get("ledger") else Ledger()
+        ledger = ledger.going_back_to(event.get("kept_step", 0))
         parts = attempt_parts(
             ledger,
             lost=state != "",

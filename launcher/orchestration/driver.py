@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from cluster.types import PHASES_VARIABLE
+from cluster.types import NODE_TIMEOUT_VARIABLE, PHASES_VARIABLE
 from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import read_manifest
 from launcher.checkpoints.remote import RemoteCheckpoints, fetch_newest
@@ -91,6 +91,8 @@ def drive(
     saved_step = _check_checkpoint(plan, run_directory, prepared.fingerprint, observer)
     journal.starting(moments or {}, {"seconds_to_prepare": round(time.time() - started, 2)})
     connect(check_alive)
+    if plan.resources.nodes > 1:
+        observer.message(node_loss_bound())
     if plan.resources.nodes > 1 and plan.recipe.fault_tolerance.preflight:
         _preflight(plan, run_directory, observer)
     try:
@@ -109,6 +111,17 @@ def drive(
     if supervisor.state is RunState.COMPLETE:
         write_atomically(run_directory.summary, json.dumps(summary, indent=1))
     return summary
+
+
+def node_loss_bound() -> str:
+    """Within what time the loss of a node is known, for people."""
+    bound = os.environ.get(NODE_TIMEOUT_VARIABLE)
+    if bound is None:
+        return (
+            "this Ray cluster's own health checks say when a node is gone; fault_tolerance.node_timeout_seconds holds "
+            "for clusters that ZeroFleet starts"
+        )
+    return f"a node that dies or is cut off is known to be gone within {bound} s (fault_tolerance.node_timeout_seconds)"
 
 
 def _prepare(plan: Plan, run_directory: RunDirectory, observer: Observer) -> Any:

@@ -7,7 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.orchestration.accounting import ATTEMPT_ENDS, INTERRUPTED, STRAGGLER, Account, Ledger, account
+from launcher.orchestration.accounting import (
+    ATTEMPT_ENDS,
+    INTERRUPTED,
+    RECORDS,
+    RESUMED,
+    STRAGGLER,
+    Account,
+    Ledger,
+    account,
+)
 from launcher.orchestration.detection import Straggler
 from launcher.orchestration.goodput_board import GoodputBoard
 from launcher.orchestration.observers import Observer
@@ -97,6 +106,10 @@ class Journal:
         if beat is None or not self._attempt:
             return
         self._ledger = Ledger.of(beat)
+        if beat.from_memory is not None and "from_memory" not in self._attempt:
+            self._attempt["from_memory"] = beat.from_memory
+            facts = {"attempt": self._attempt["attempt"], "from": "memory", "step": beat.from_memory}
+            self._append(self.run_directory.events, {"time": round(self.clock(), 3), "state": RESUMED, **facts})
         if self.clock() - self._ledger_at >= LEDGER_INTERVAL_S:
             self._ledger_at = self.clock()
             record = {"time": round(self.clock(), 3), "attempt": self._attempt["attempt"]}
@@ -129,7 +142,7 @@ def read_account(run_directory: RunDirectory) -> Account:
 
 
 def _is_open(events: Sequence[Mapping[str, Any]]) -> bool:
-    states = [event["state"] for event in events if event["state"] != STRAGGLER]
+    states = [event["state"] for event in events if event["state"] not in RECORDS]
     return states[-1] != INTERRUPTED and not RunState(states[-1]).is_final
 
 

@@ -26,6 +26,7 @@ class GroupShape:
         warm: keep spare workers.
         warm_after_seconds: of training, before they are started.
         memory_per_worker: bytes of each rank; None: not counted.
+        memory: keep states in the nodes' memory.
     """
 
     nodes: int
@@ -36,6 +37,7 @@ class GroupShape:
     warm: bool = False
     warm_after_seconds: float = 0.0
     memory_per_worker: int | None = None
+    memory: bool = False
 
     @property
     def bundle(self) -> dict[str, float]:

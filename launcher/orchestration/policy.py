@@ -16,7 +16,7 @@ class Incident:
         cause: the first failure.
         verdict: what it means.
         started: whether the attempt had made a step; if not, it failed while starting.
-        saved_step: step of the newest checkpoint that is committed, 0 without one.
+        saved_step: step of the newest checkpoint that is committed, or kept in memory; 0 without one.
     """
 
     cause: Failure

@@ -169,6 +169,10 @@ class SimulatedGroup:
         """Step of the newest checkpoint."""
         return self._saved_step
 
+    def kept_step(self) -> int:
+        """Nothing is kept in memory here."""
+        return 0
+
     def node_of(self, rank: int) -> str:
         """Name of the node of the first rank, or of the hung one."""
         return self._attempt.hung if self._attempt and rank == 1 and self._attempt.hung else "n0"

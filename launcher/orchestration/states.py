@@ -89,6 +89,10 @@ class Group(Protocol):
         """Step of the newest checkpoint that is committed, 0 without one."""
         ...
 
+    def kept_step(self) -> int:
+        """Step of the newest state that is whole in the memory of the nodes, 0 without one."""
+        ...
+
     def node_of(self, rank: int) -> str:
         """Host name of a rank's node."""
         ...

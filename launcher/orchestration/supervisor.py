@@ -268,6 +268,7 @@ class Supervisor:
         self._resize_to = None
         self.group.stop()
         self.saved_step = max(self.saved_step, self.group.saved_step())  # heartbeats are a look behind
+        kept_step = self.group.kept_step()
         facts: dict[str, Any] = {
             "rank": cause.rank,
             "node": cause.node,
@@ -279,6 +280,7 @@ class Supervisor:
             "message": cause.message,
             "failed_at": cause.time,
             "saved_step": self.saved_step,
+            **({"kept_step": kept_step} if kept_step > self.saved_step else {}),
             "teardown_seconds": round(self.clock() - noticed, 3),
         }
         if self._stop_reason is not None and cause.kind is not FailureKind.EXPECTED:
@@ -287,7 +289,7 @@ class Supervisor:
             self._enter(RunState.FAILED if self._stop_by is None else RunState.STOPPED, **facts, reason=text)
             return
         started = any("first_step" in beat.timeline for beat in self.status.beats.values())
-        decision = self.policy.decide(Incident(cause, verdict, started, self.saved_step))
+        decision = self.policy.decide(Incident(cause, verdict, started, max(self.saved_step, kept_step)))
         if isinstance(decision, Retry):
             self._not_before = self.clock() + decision.delay_seconds
             self._enter(

@@ -14,6 +14,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from launcher.checkpoints.memory import HostMemory
 from launcher.errors import ExpectedError
 from launcher.run_directory import ATTEMPT_MARK, RunDirectory
 from launcher.training.context import Beat, Heartbeat, Phase, WorkerContext
@@ -122,11 +123,13 @@ class Worker:
             "gpu_ids": [str(gpu) for gpu in context.get_accelerator_ids().get("GPU", [])],
         }
 
-    def start(self, placement: Placement, device: str, environment: dict[str, str]) -> None:
+    def start(
+        self, placement: Placement, device: str, environment: dict[str, str], memory: HostMemory | None = None
+    ) -> None:
         """Begin training in a thread."""
         _set_environment(device, environment)
         os.environ.update(placement.environment(device))
-        threading.Thread(target=self._train, args=(placement,), name="training", daemon=True).start()
+        threading.Thread(target=self._train, args=(placement, memory), name="training", daemon=True).start()
 
     def poll(self) -> Beat:
         """What this rank is doing."""
@@ -141,7 +144,7 @@ class Worker:
         """Save and end at the next step boundary."""
         self.stop_event.set()
 
-    def _train(self, placement: Placement) -> None:
+    def _train(self, placement: Placement, memory: HostMemory | None) -> None:
         try:
             self.heartbeat.enter(Phase.IMPORT)
             from launcher.training.entry import run_rank
@@ -153,6 +156,7 @@ class Worker:
                 placement.local_rank,
                 self.heartbeat,
                 self.stop_event,
+                memory,
             )
             self._outcome = {"result": asdict(run_rank(context))}
         except BaseException as error:

@@ -16,6 +16,7 @@ from launcher.checkpoints import folders
 from launcher.orchestration.detection import Hang
 from launcher.orchestration.elastic import Elastic
 from launcher.orchestration.failure import Failure, FailureKind
+from launcher.orchestration.keepers import Keepers, RankMemory
 from launcher.orchestration.node_tasks import answering, collect, end_silent
 from launcher.orchestration.placing import GroupShape, fitting_nodes, reserve
 from launcher.orchestration.states import GroupStatus
@@ -59,6 +60,7 @@ class WorkerGroup:
         self._questions: dict[Any, int] = {}
         self._warm_from: float | None = None
         self._pool = WarmPool(str(run_directory.path), shape.device, shape.environment) if shape.warm else None
+        self._keepers = Keepers() if shape.memory else None
         self._asked_for_leaving = 0.0
         self._known_leaving: tuple[str, ...] = ()
         self._beats: dict[int, Beat] = {}
@@ -115,8 +117,8 @@ class WorkerGroup:
         if not self._join(where):
             return
         starts = [
-            actor.start.remote(placement, self.shape.device, self.shape.environment)
-            for actor, placement in zip(self._actors, self._place(), strict=True)
+            actor.start.remote(placement, self.shape.device, self.shape.environment, memory)
+            for actor, placement, memory in zip(self._actors, self._place(), self._memories(where), strict=True)
         ]
         self._waits = {actor.wait.remote(): rank for rank, actor in enumerate(self._actors)}
         del starts  # a failing start ends the actor or leaves its thread unstarted; wait() and poll() show it
@@ -139,6 +141,14 @@ class WorkerGroup:
                 self._failures = [self._died(rank, f"it did not start: {why}", names.get(where[rank], ""))]
                 return False
         return True
+
+    def _memories(self, where: Sequence[str]) -> list[RankMemory | None]:
+        """What each rank is given of the keepers: the newest state to begin with, and where to keep those to come."""
+        if self._keepers is None:
+            return [None] * self.world_size
+        source = self._keepers.newest(self._doubtful)
+        self._keepers.start(where)
+        return [self._keepers.of_rank(rank, where, source) for rank in range(self.world_size)]
 
     def _hire(self, group: PlacementGroup, where: Sequence[str]) -> list[Any]:
         """An actor for each rank: a spare of its node where one waits, a new one elsewhere."""
@@ -175,6 +185,11 @@ class WorkerGroup:
         """Step of the newest complete checkpoint, 0 without one."""
         newest = folders.complete(self.run_directory.checkpoints)
         return folders.step_of(newest[-1]) if newest else 0
+
+    def kept_step(self) -> int:
+        """Step of the newest state that is whole in the memory of the nodes, 0 without one."""
+        newest = None if self._keepers is None else self._keepers.newest(self._doubtful)
+        return 0 if newest is None else newest.manifest.step
 
     def node_of(self, rank: int) -> str:
         """Host name of a rank's node."""
@@ -309,8 +324,10 @@ class WorkerGroup:
             self._group = None
 
     def close(self) -> None:
-        """End every rank and every spare."""
+        """End every rank, every spare and every keeper."""
         self.stop()
+        if self._keepers is not None:
+            self._keepers.close()
         if self._pool is not None:
             self._pool.close()
 

@@ -9,6 +9,7 @@ from launcher.errors import PlanError, Problem
 from launcher.planning.combinations import combination_of
 from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config
 from launcher.planning.estimate import accelerator_of, estimate_ranks
+from launcher.planning.kept_states import kept_bytes
 from launcher.planning.layout import BatchPlan, Layout, Resources, divisors
 from launcher.planning.rank_memory import RankMemory
 from launcher.recipe.schema import Recipe
@@ -74,8 +75,16 @@ def _device_problems(candidate: Candidate, ranks: tuple[RankMemory, ...]) -> Ite
 
 def _host_problems(candidate: Candidate, ranks: tuple[RankMemory, ...]) -> Iterator[Problem]:
     resources = candidate.resources
+    kept = kept_bytes(candidate.recipe, ranks, resources)
     needed = max(rank.host_bytes for rank in ranks) * resources.workers_per_node
-    if resources.host_memory is None or needed <= resources.host_memory * HOST_USABLE:
+    if resources.host_memory is None or needed + kept <= resources.host_memory * HOST_USABLE:
+        return
+    if kept and needed <= resources.host_memory * HOST_USABLE:
+        yield Problem(
+            f"keeps {_gib(kept)} of states in a node's memory, which has {_gib(resources.host_memory)}; of them "
+            f"{HOST_USABLE:.0%} can be had, and offloaded states take {_gib(needed)}; use more nodes, or remove it",
+            "fault_tolerance.memory_checkpoint",
+        )
         return
     yield Problem(
         f"the {resources.workers_per_node} workers of a node offload {_gib(needed)}, and the node has "

@@ -14,6 +14,7 @@ from launcher.planning.compiling import compile_problems
 from launcher.planning.deepspeed_config import DeepSpeedPlan, make_deepspeed_config, with_batch
 from launcher.planning.estimate import StepEstimate, estimate_ranks, estimate_step, machine_of, states_by_zero_stage
 from launcher.planning.fit import Candidate, fit_problems
+from launcher.planning.kept_states import kept_problems
 from launcher.planning.layout import (
     BatchPlan,
     Layout,
@@ -114,6 +115,7 @@ def make_plan(recipe: Recipe, resources: Resources) -> Plan:
         problems += combination_problems(layout, deepspeed.zero_stage, recipe.training.precision, offloads)
         problems += optimizer_problems(recipe, layout, deepspeed.zero_stage, offloads)
         problems += method_problems(recipe, layout, deepspeed.zero_stage, deepspeed.config)
+    problems += kept_problems(recipe, layout)
     if config is not None:
         problems += model_problems(config, layout, recipe)
         problems += balance_problems(config, recipe)

@@ -26,6 +26,7 @@ from launcher.planning.estimate import (
 )
 from launcher.planning.families import list_parameters
 from launcher.planning.fit import HOST_USABLE, device_memory, with_checkpointing
+from launcher.planning.kept_states import kept_bytes
 from launcher.planning.layout import BatchPlan, Layout, Resources, divisors, make_batch, make_layout
 from launcher.planning.memory import MemoryPlan, uncounted_reason
 from launcher.planning.model_shape import ModelShape, model_shape
@@ -310,10 +311,11 @@ class _Judge:
         ranks = self._ranks(choice, zero)
         fullest = max(ranks, key=lambda rank: rank.device_bytes)
         host = max(rank.host_bytes for rank in ranks) * self.resources.workers_per_node
+        recipe = self._recipes[choice.gradient_checkpointing]
+        host += kept_bytes(recipe, ranks, self.resources)
         fits = self.memory is None or fullest.device_bytes <= self.memory
         if self.resources.host_memory is not None:
             fits = fits and host <= self.resources.host_memory * HOST_USABLE
-        recipe = self._recipes[choice.gradient_checkpointing]
         work = step_work(recipe, self.config, self.shape, choice.layout, choice.batch, zero)
         return Judged(choice, fullest, host, step_time(work, machine), fits)
 

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from cluster.types import DEFAULT_NODE_TIMEOUT_S
 from launcher.recipe.section import Section
 
 
@@ -109,6 +110,13 @@ class ExportSection(Section):
     """Which checkpoint is exported at the end: the last one, or the best one that is kept (checkpoint.keep_best)."""
 
 
+class MemoryCheckpointSection(Section):
+    """The newest state in host memory, on the node that made it and on another one, besides the checkpoints on disk."""
+
+    every_steps: int = Field(ge=1)
+    """Keep it every so many steps: what a lost worker costs at most, while a lost node may cost a second interval."""
+
+
 class FaultToleranceSection(Section):
     """What happens when a worker fails."""
 
@@ -149,6 +157,12 @@ class FaultToleranceSection(Section):
     CPU. A node with less than 4 GiB free keeps none."""
     warm_workers_after_seconds: float = Field(default=30.0, ge=0)
     """Start the spares so long after the first step; a run that is over before needs none."""
+    memory_checkpoint: MemoryCheckpointSection | None = None
+    """Keep the state in host memory too, so that a restart goes on from there and reads no disk; null: do not. The disk
+    is what remains when the driver ends, two neighbouring nodes are lost at once or memory is short."""
+    node_timeout_seconds: float = Field(default=DEFAULT_NODE_TIMEOUT_S, ge=3, le=600)
+    """A node that dies or is cut off is known to be gone after so long at most, in Ray clusters that ZeroFleet starts;
+    a cluster that runs already has its own bound. Less gives up nodes that are only busy."""
     preflight: bool = True
     """Before a run of several nodes, compare them: versions, code, disks, clocks, the run directory, the network."""
     save_before_end_seconds: int = Field(default=300, ge=10, le=65_535)

@@ -1,6 +1,6 @@
 """The exponential moving average of the trained weights: each rank averages its own part, in fp32."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,17 @@ class WeightAverage:
         """Hand the averages to what writes a checkpoint's files (`CheckpointFiles`)."""
         files.save({"averages": self._averages}, str(folder / self._file))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, read: Callable[[Path], Any]) -> None:
         """Read what `save` wrote in this very layout.
+
+        Args:
+            folder: of the checkpoint.
+            read: one of its files.
 
         Raises:
             CheckpointError: the file cannot be read, or holds other shapes.
         """
-        saved = read_averages(folder / self._file)
+        saved: list[Tensor] = read(folder / self._file)["averages"]
         if [tensor.shape for tensor in saved] != [tensor.shape for tensor in self._averages]:
             raise CheckpointError(f"{folder / self._file} does not hold this layout's averages")
         for average, tensor in zip(self._averages, saved, strict=True):

@@ -3,7 +3,6 @@
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ import torch.distributed as dist
 
 from launcher.checkpoints import folders
 from launcher.checkpoints.manifest import Manifest, read_manifest
+from launcher.checkpoints.memory import HostMemory
 from launcher.checkpoints.resumable import check_resumable, partitioning_of
 from launcher.checkpoints.retention import prune
 from launcher.errors import StorageError
+from launcher.planning.kept_states import saved_bytes
 from launcher.planning.plan import Plan
 from launcher.recipe.loading import recipe_hash
 from launcher.training import upstream
@@ -23,6 +24,9 @@ from launcher.training.background_save import BackgroundSaver, Outcome, Save
 from launcher.training.checkpoint_files import CheckpointFiles
 from launcher.training.collective_folder import CollectiveFolder, attempted
 from launcher.training.distributed import broadcast
+from launcher.training.host_memory import HostBuffer
+from launcher.training.memory_saves import MemorySaver
+from launcher.training.progress import Progress
 from launcher.training.restore import Restorer
 from launcher.training.shared_directory import check_shared
 from launcher.training.universal_load import load_universal
@@ -34,29 +38,6 @@ WAITED_FOR = (*FINAL, "request")
 WRITERS = ("zerofleet", "torch", "deepspeed", "transformers")
 
 
-@dataclass
-class Progress:
-    """Where a run is; all that a checkpoint holds besides DeepSpeed's state.
-
-    Attributes:
-        step: optimizer steps completed.
-        consumed_samples: samples of the global order already trained on.
-        best_eval_loss: lowest validation loss (or watched metric, smaller is better) so far.
-        evaluations_without_improvement: for early stopping.
-        eval_loss: validation loss measured at step `eval_step`.
-        eval_score: the watched metric of that step, smaller is better.
-        eval_step: step of the last evaluation.
-    """
-
-    step: int = 0
-    consumed_samples: int = 0
-    best_eval_loss: float | None = None
-    evaluations_without_improvement: int = 0
-    eval_loss: float | None = None
-    eval_score: float | None = None
-    eval_step: int = -1
-
-
 class CheckpointManager:
     """Saves, verifies, loads and prunes the checkpoints of one run; every rank has one, and its methods are collective.
 
@@ -66,6 +47,7 @@ class CheckpointManager:
         data_fingerprint: of the prepared data.
         notify: told what a person should know, on rank 0.
         average: of the trained weights, if the run keeps one.
+        memory: nodes that keep states besides the disk, if there are any.
 
     Raises:
         StorageError: the ranks do not see the same folder.
@@ -78,6 +60,7 @@ class CheckpointManager:
         data_fingerprint: str,
         notify: Callable[[str], None] = lambda text: None,
         average: WeightAverage | None = None,
+        memory: HostMemory | None = None,
     ) -> None:
         self.average = average
         self.directory = directory
@@ -96,6 +79,9 @@ class CheckpointManager:
         self._saves_adapter = False
         self._attempt = check_shared(directory)
         self.background: BackgroundSaver | None = None
+        self.from_memory = False
+        expected = 0 if plan.memory is None else saved_bytes(plan.memory)
+        self.memory = None if memory is None else MemorySaver(memory, self._attempt, notify, expected)
 
     def save(self, engine: Any, progress: Progress, reason: str = "interval") -> None:
         """Save the engine's state after `progress.step` steps, then prune; `outcomes` tells how that ended.
@@ -113,11 +99,6 @@ class CheckpointManager:
         if skipped:
             return
         folder = self._new_folder(progress.step)
-        engine.checkpoint_engine = self.files
-        upstream.leave_out_recovery_scripts(engine)
-        if self.plan.recipe.adapter is not None and not self._saves_adapter:
-            upstream.leave_out_frozen_aliases(engine)
-            self._saves_adapter = True
         errors = folder.make()
         asynchronous = self.plan.recipe.checkpoint.asynchronous
         if asynchronous and not errors:
@@ -126,6 +107,19 @@ class CheckpointManager:
             self._save_now(engine, progress, reason, folder, errors, began)
         if reason in WAITED_FOR or not asynchronous:
             self._finish_saves(final=reason in FINAL)
+
+    def keep_in_memory(self, engine: Any, progress: Progress) -> bool:
+        """Keep the state after `progress.step` steps in host memory; returns whether it is kept."""
+        if self.memory is None:
+            return False
+
+        def hand_over(buffer: HostBuffer) -> list[str]:
+            place = self.directory / f"{folders.folder_name(progress.step)}.memory"  # a name only: nothing is written
+            self.files.begin(place, buffer)
+            self._hand_over(engine, place)
+            return self.files.errors
+
+        return self.memory.save(self._manifest(progress, "memory"), hand_over)
 
     def _before(self, step: int, reason: str) -> tuple[bool, str | None]:
         """On rank 0: whether to skip this save, and why to give up instead of saving."""
@@ -149,7 +143,7 @@ class CheckpointManager:
     ) -> None:
         if not errors:
             self.files.begin(folder.incomplete)
-            self._hand_over(engine, folder)
+            self._hand_over(engine, folder.incomplete)
             errors = folder.record(self.files.records, self.files.errors)
         errors = errors or folder.commit(self._manifest(progress, reason))
         if errors:
@@ -166,22 +160,27 @@ class CheckpointManager:
             folder.incomplete, folder.token, self._manifest(progress, reason), buffer, began, reason not in WAITED_FOR
         )
         self.files.begin(folder.incomplete, buffer)
-        self._hand_over(engine, folder)
+        self._hand_over(engine, folder.incomplete)
         save.errors.extend(self.files.errors)
         background.begin(save)
 
-    def _hand_over(self, engine: Any, folder: CollectiveFolder) -> None:
+    def _hand_over(self, engine: Any, folder: Path) -> None:
         """Let DeepSpeed give its states to `self.files`; and the averages."""
+        engine.checkpoint_engine = self.files
+        upstream.leave_out_recovery_scripts(engine)
+        if self.plan.recipe.adapter is not None and not self._saves_adapter:
+            upstream.leave_out_frozen_aliases(engine)
+            self._saves_adapter = True
         state = {"parameter_names": parameter_names(engine)}
         engine.save_checkpoint(
             str(self.directory),
-            tag=folder.incomplete.name,
+            tag=folder.name,
             client_state=state,
             save_latest=False,
             exclude_frozen_parameters=self.plan.recipe.adapter is not None,
         )
         if self.average is not None and (self.plan.zero_stage > 0 or self.rank == 0):
-            self.average.save(self.files, folder.incomplete)
+            self.average.save(self.files, folder)
 
     def _committed(self, folder: Path) -> None:
         """What follows a commit; when it goes wrong, the checkpoint is one all the same."""
@@ -240,6 +239,9 @@ class CheckpointManager:
         if self.background is not None:
             self.background.close()
             self.background = None
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
 
     def _new_folder(self, step: int) -> CollectiveFolder:
         self._saves += 1
@@ -253,10 +255,30 @@ class CheckpointManager:
             CheckpointError: there are checkpoints but none of them verifies, or this plan cannot continue from it.
         """
         restorer = Restorer(self.directory, self.plan, self._tell, self._attempt)
+        kept = self._newest_in_memory()
+        if self.memory is not None and kept is not None:
+            with self.memory.as_folder(kept, self.files) as place:
+                progress = self._load(engine, place, kept, restorer)
+            self._tell(f"resumed from memory at step {kept.step}")
+            self.from_memory = True
+            return progress
         folder = restorer.newest_verified()
-        if folder is None:
-            return Progress()
-        manifest = read_manifest(folder)
+        return Progress() if folder is None else self._load(engine, folder, read_manifest(folder), restorer)
+
+    def _newest_in_memory(self) -> Manifest | None:
+        """What memory has that no checkpoint has yet; for another layout it becomes a checkpoint first."""
+        kept = None if self.memory is None else self.memory.newest(self.directory)
+        if self.memory is None or kept is None:
+            return None
+        differences = check_resumable(kept, self.plan, self.data_fingerprint, self.directory / "memory").differences
+        if not differences:
+            return kept
+        errors = self.memory.write_down(kept, self.directory)
+        how = f"cannot be written: {'; '.join(errors)}" if errors else "is written to be converted"
+        self._tell(f"the state of step {kept.step} in memory {how} ({'; '.join(differences)})")
+        return None
+
+    def _load(self, engine: Any, folder: Path, manifest: Manifest, restorer: Restorer) -> Progress:
         resumption = check_resumable(manifest, self.plan, self.data_fingerprint, folder)
         engine.checkpoint_engine = self.files
         adapter = self.plan.recipe.adapter is not None
@@ -265,7 +287,7 @@ class CheckpointManager:
             load_universal(engine, universal, self.plan.zero_stage)
         else:
             # The frozen weights come from the model, not from the checkpoint.
-            engine.load_checkpoint(str(self.directory), tag=folder.name, load_module_strict=not adapter)
+            engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not adapter)
         if self.average is not None:
             self._load_average(self.average, folder, manifest, universal)
         from_the_start = resumption.data_changed and self.plan.recipe.data.on_change == "restart"
@@ -283,7 +305,7 @@ class CheckpointManager:
         elif universal is not None:
             average.load_universal(universal)
         else:
-            average.load(folder)
+            average.load(folder, lambda path: self.files.load(str(path), "cpu"))
 
     def _tell(self, text: str) -> None:
         if self.rank == 0:

@@ -1,10 +1,10 @@
 """Where DeepSpeed hands over what it saves and asks for what it loads: every byte passes through here."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
@@ -33,6 +33,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # deepspeed has 
         self.records: dict[str, FileRecord] = {}
         self.errors: list[str] = []
         self.buffer: HostBuffer | None = None
+        self._elsewhere: tuple[Path, Callable[[str], BinaryIO]] | None = None
 
     def begin(self, folder: Path, buffer: HostBuffer | None = None) -> None:
         """Start a save into a folder that exists, or into host memory."""
@@ -60,7 +61,20 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # deepspeed has 
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file that `save` wrote."""
+        if self._elsewhere is not None and Path(path).is_relative_to(self._elsewhere[0]):
+            folder, read = self._elsewhere
+            with read(str(Path(path).relative_to(folder))) as content:
+                return read_state(Path(path), map_location=map_location, content=content)
         return read_state(Path(path), map_location=map_location)
+
+    @contextmanager
+    def reading_from(self, folder: Path, read: Callable[[str], BinaryIO]) -> Iterator[None]:
+        """Let the files of a folder come from elsewhere: `read` is given their names."""
+        self._elsewhere = folder, read
+        try:
+            yield
+        finally:
+            self._elsewhere = None
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """Do nothing: the checkpoint manager commits once every rank is done."""
@@ -99,20 +113,21 @@ def _without_crc32() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def read_state(path: Path, map_location: Any = "cpu", *, mapped: bool = False) -> Any:
+def read_state(path: Path, map_location: Any = "cpu", *, mapped: bool = False, content: BinaryIO | None = None) -> Any:
     """Read what `write_state` wrote; a file that would run code when loaded is refused.
 
     Args:
         path: of the file.
         map_location: as in `torch.load`.
         mapped: map the file into memory, so that only what is used is read; nobody may keep the tensors.
+        content: of the file, when it does not lie on the disk.
 
     Raises:
         CheckpointError: the file is no state of ours, or holds code.
     """
     try:
         with loading_only_data():
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
+            return torch.load(content or path, map_location=map_location, weights_only=True, mmap=mapped)
     except UnpicklingError as error:
         raise CheckpointError(f"{path} is refused: it is no checkpoint of ours, or would run code: {error}") from error
     except (RuntimeError, EOFError, OSError) as error:

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from launcher.checkpoints.fault_plan import enact
+from launcher.checkpoints.memory import HostMemory
 from launcher.run_directory import RunDirectory
 
 
@@ -55,6 +56,9 @@ class Beat:
         saved_step: step of the newest checkpoint that this worker committed or began with.
         first_step_seconds: what the first step took, with everything that happens only once.
         steps_made: optimizer steps that this worker has made itself.
+        kept_step: step of the newest state that is kept in host memory, 0 without one.
+        spent_before_keep: seconds in each phase when that was done.
+        from_memory: step of the state in host memory that this worker began with; None: it began otherwise.
     """
 
     rank: int
@@ -72,6 +76,9 @@ class Beat:
     saved_step: int = 0
     first_step_seconds: float = 0.0
     steps_made: int = 0
+    kept_step: int = 0
+    spent_before_keep: dict[str, float] = field(default_factory=dict)
+    from_memory: int | None = None
 
 
 class Heartbeat:
@@ -88,6 +95,9 @@ class Heartbeat:
         self._entered = time.monotonic()
         self._spent: dict[str, float] = {}
         self._spent_before_save: dict[str, float] = {}
+        self.kept_step = 0
+        self.from_memory: int | None = None
+        self._spent_before_keep: dict[str, float] = {}
         self._first_step_seconds = 0.0
         self._steps_made = 0
         self._progress = 0
@@ -114,10 +124,24 @@ class Heartbeat:
             self._first_step_seconds = sum(spent.get(phase.value, 0.0) for phase in STEP_PHASES)
         self.mark("first_step")
 
+    def begun(self, step: int, max_steps: int, *, from_memory: bool) -> None:
+        """Say where this worker begins: with a checkpoint, at the start, or with a state in memory."""
+        self.step, self.max_steps = step, max_steps
+        if from_memory:
+            self.from_memory = step
+            self.kept(step)
+        else:
+            self.saved(step)
+
     def saved(self, step: int) -> None:
         """Say that a checkpoint of this step is committed."""
         self.saved_step = step
         self._spent_before_save = self._read_spent()
+
+    def kept(self, step: int) -> None:
+        """Say that the state of this step is kept in host memory."""
+        self.kept_step = step
+        self._spent_before_keep = self._read_spent()
 
     def mark(self, name: str) -> None:
         """Note the first time at which something happened."""
@@ -145,6 +169,9 @@ class Heartbeat:
             saved_step=self.saved_step,
             first_step_seconds=self._first_step_seconds,
             steps_made=self._steps_made,
+            kept_step=self.kept_step,
+            spent_before_keep=self._spent_before_keep,
+            from_memory=self.from_memory,
         )
 
     def _read_spent(self) -> dict[str, float]:
@@ -165,6 +192,7 @@ class WorkerContext:
         local_rank: index on its node.
         heartbeat: what others see of this rank.
         stop: set when the run should save and end at the next step boundary.
+        memory: where states are kept besides the disk; None: nowhere.
     """
 
     run_directory: RunDirectory
@@ -173,3 +201,4 @@ class WorkerContext:
     local_rank: int
     heartbeat: Heartbeat
     stop: threading.Event = field(default_factory=threading.Event)
+    memory: HostMemory | None = None

@@ -9,7 +9,8 @@ from launcher.data.store import PreparedData
 from launcher.planning.plan import Plan
 from launcher.training.context import Phase, WorkerContext
 from launcher.training.distributed import join_process_group
-from launcher.training.loop import TrainResult, train
+from launcher.training.loop import train
+from launcher.training.progress import TrainResult
 
 
 def run_rank(context: WorkerContext) -> TrainResult:

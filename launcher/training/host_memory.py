@@ -55,6 +55,11 @@ class HostBuffer:
         """Bytes in it."""
         return self._used
 
+    @property
+    def capacity(self) -> int:
+        """Bytes that it takes without growing."""
+        return len(self._memory)
+
     def close(self) -> None:
         """Give the memory back once the writer has closed its side too."""
         self._memory.close()

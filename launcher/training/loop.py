@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from launcher.tasks import Metrics, Task, make_task
 from launcher.training.averaging import WeightAverage
 from launcher.training.batch_norm import share_running_statistics
 from launcher.training.before_step import make_before_step
-from launcher.training.checkpoint import CheckpointManager, Progress
+from launcher.training.checkpoint import CheckpointManager
 from launcher.training.context import Phase, WorkerContext
 from launcher.training.distributed import Agreement, max_over_ranks, sum_over_ranks
 from launcher.training.engine import build_engine, total_steps
@@ -31,26 +31,8 @@ from launcher.training.monitor import Monitor, Throughput, memory_bytes
 from launcher.training.numeric import LossWatch, Observed
 from launcher.training.passes import Passes, StepOutcome, counts, make_passes, own_part
 from launcher.training.profiling import ProfilerWindow
+from launcher.training.progress import Progress, TrainResult
 from launcher.training.save_triggers import SaveTriggers
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a rank's training ended.
-
-    Attributes:
-        status: `complete` (all steps made, or stopped early by the validation loss) or `stopped` (asked to, and saved).
-        step: optimizer steps completed.
-        consumed_samples: samples trained on.
-        early_stopped: the validation loss ended it.
-        metrics: the last logged metrics, and the last evaluation's.
-    """
-
-    status: Literal["complete", "stopped"]
-    step: int
-    consumed_samples: int
-    early_stopped: bool
-    metrics: dict[str, Any]
 
 
 @dataclass
@@ -153,13 +135,12 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
     if ema is not None:
         average = WeightAverage(Fp32Weights(engine, plan.zero_stage), ema, context.rank if plan.zero_stage else 0)
     checkpoints = CheckpointManager(
-        context.run_directory.checkpoints, plan, prepared.fingerprint, notify=heartbeat.notify, average=average
+        context.run_directory.checkpoints, plan, prepared.fingerprint, heartbeat.notify, average, context.memory
     )
     progress = Progress()
     before_step = make_before_step(engine, plan.zero_stage, plan.recipe.optimizer, lambda: progress.step)
     progress = checkpoints.load(engine)
-    heartbeat.step, heartbeat.max_steps = progress.step, max_steps
-    heartbeat.saved(progress.step)
+    heartbeat.begun(progress.step, max_steps, from_memory=checkpoints.from_memory)
     monitor = Monitor(plan, context.run_directory, progress.step, device) if context.rank == 0 else None
     return Session(
         plan=plan,
@@ -237,6 +218,7 @@ def _after_step(
     due = recipe.evaluation.eval_steps is not None and progress.step % recipe.evaluation.eval_steps == 0
     if due or progress.step >= session.max_steps:
         _evaluate(session)
+    _keep_in_memory(session)
     reason = _reason_to_save(session, outcome)
     if reason is not None:
         session.losses.check()
@@ -254,6 +236,17 @@ def _after_step(
             session.context.heartbeat.saved(save.step)
         if session.triggers is not None:
             session.triggers.ended(save.step, save.reason, saved=not save.errors)
+
+
+def _keep_in_memory(session: Session) -> None:
+    section, progress = session.plan.recipe.fault_tolerance.memory_checkpoint, session.progress
+    if section is None or progress.step % section.every_steps or _finished(session):
+        return
+    session.losses.check()
+    session.context.heartbeat.enter(Phase.SAVE)
+    share_running_statistics(session.engine.module)
+    if session.checkpoints.keep_in_memory(session.engine, progress):
+        session.context.heartbeat.kept(progress.step)
 
 
 def _reason_to_save(session: Session, outcome: StepOutcome) -> str | None:

@@ -79,6 +79,7 @@ class ScriptedGroup:
     avoided: list[tuple[str, ...]] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
     starts: list[Exception | None] = field(default_factory=list)
+    kept: int = 0
 
     def missing_nodes(self) -> int:
         return self.missing.pop(0) if self.missing else 0
@@ -99,6 +100,9 @@ class ScriptedGroup:
 
     def saved_step(self) -> int:
         return 0
+
+    def kept_step(self) -> int:
+        return self.kept
 
     def node_of(self, rank: int) -> str:
         return f"n{rank}"

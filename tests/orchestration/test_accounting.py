@@ -63,6 +63,17 @@ def test_every_second_has_its_place() -> None:
     assert found.goodput == pytest.approx(107 / 302)
 
 
+def test_what_was_kept_in_memory_is_not_lost() -> None:
+    kept = {"data": 3.0, "forward": 28.0, "backward": 45.0, "optimizer": 14.0}
+    facts = {**ledger(saved=25.0), "kept_step": 80, "spent_before_keep": kept}
+    end = event(252, "recovering", attempt=1, ledger=facts, saved_step=50)
+    from_disk = account([*EVENTS[:2], end])
+    resumed = event(260, "resumed", attempt=2, step=80)
+    from_memory = account([*EVENTS[:2], {**end, "kept_step": 80}, event(255, "running", attempt=2), resumed])
+    assert (from_disk.seconds["lost work"], from_memory.seconds["lost work"]) == (75 + 6, 10 + 6)
+    assert from_memory.wall == 155, "the record of a resumption ends nothing"
+
+
 def test_what_an_incident_cost() -> None:
     found = account(EVENTS)
     (incident,) = found.incidents

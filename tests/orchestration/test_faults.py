@@ -123,11 +123,13 @@ def test_a_stopped_rank_is_named_with_its_stacks_and_a_slow_one_too(
     # The rank stands there for a moment first: heartbeats are looked at once a second, and these steps are short.
     pause = {"fault": "slow", "point": "phase.data", "rank": 1, "step": 12, "steps": 1, "seconds": 2.5}
     stop = {"fault": "sigstop", "point": "phase.data", "rank": 1, "step": 12}
-    slow = {"fault": "slow", "point": "phase.data", "rank": 0, "step": 30, "seconds": 0.15}
-    monkeypatch.setitem(zerofleet.environment, SWITCH, str(plan_file(tmp_path, [pause, stop, slow])))
+    # From here on data takes every rank a tenth of a second, and rank 0 three times that.
+    data = {"fault": "slow", "point": "phase.data", "rank": None, "step": 30, "seconds": 0.1}
+    slow = {**data, "rank": 0, "seconds": 0.2}
+    monkeypatch.setitem(zerofleet.environment, SWITCH, str(plan_file(tmp_path, [pause, stop, data, slow])))
     directory = RunDirectory.at(tmp_path / "run")
     code, _, err = zerofleet.run(
-        *("run", str(zerofleet.recipe), "max_steps=80", "hang_seconds=12", "save_steps=10", "tensorboard=true"),
+        *("run", str(zerofleet.recipe), "max_steps=60", "hang_seconds=12", "save_steps=10", "tensorboard=true"),
         *("--run-dir", str(directory.path)),
         timeout=240,
     )
@@ -145,7 +147,8 @@ def test_a_stopped_rank_is_named_with_its_stacks_and_a_slow_one_too(
     assert "train_step" in waiting
     (straggler,) = [e for e in read_json_lines(directory.events) if e["state"] == "straggler"]
     assert straggler["rank"] == 0
-    assert 30 < straggler["step"] <= 55
+    assert 30 < straggler["step"] <= 50, "within 20 steps"
+    assert 2 < straggler["factor"] <= 3.1
     assert straggler["message"] in err
     assert straggler["message"] in zerofleet.run("report", str(directory.path))[1]
     assert list((directory.tensorboard / "goodput").iterdir()), "the goodput is drawn"
@@ -231,3 +234,19 @@ def test_notice_of_the_end_is_kept_even_if_the_workers_cannot_save(
     assert process.returncode == 0, "the same command goes on"
     starting = [e for e in read_json_lines(directory.events) if e["state"] == "starting"]
     assert len(starting) == 2
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("steps", [400, 2000])
+def test_a_healthy_run_raises_no_alarm(steps: int, zerofleet: Zerofleet, tmp_path: Path) -> None:
+    """Steps of milliseconds, two ranks on the cores of a machine with other work to do: as jittery as it gets."""
+    directory = RunDirectory.at(tmp_path / "run")
+    code, _, err = zerofleet.run(
+        *("run", str(zerofleet.recipe), f"max_steps={steps}", "gradient_accumulation_steps=1", "micro_batch_size=1"),
+        *("save_steps=1000", "logging_steps=100", "warm_workers=false", "--run-dir", str(directory.path)),
+        timeout=380,
+    )
+    assert code == 0, err
+    states = [event["state"] for event in read_json_lines(directory.events)]
+    assert states == ["starting", "running", "complete"], "no straggler, no hang"

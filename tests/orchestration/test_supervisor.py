@@ -35,6 +35,18 @@ def test_a_failed_attempt_is_ended_and_started_again() -> None:
     assert run.clock.slept == [], "the first restart does not wait"
 
 
+def test_a_state_in_memory_counts_where_it_is_newer_than_the_checkpoint() -> None:
+    run = Stepped.over(broken(died(1), saved_step=5), COMPLETE)
+    run.group.kept = 7
+    assert run.run() is RunState.COMPLETE
+    (facts,) = run.facts(RunState.RECOVERING)
+    assert (facts["saved_step"], facts["kept_step"]) == (5, 7)
+    older = Stepped.over(broken(died(1), saved_step=5), COMPLETE)
+    older.group.kept = 5
+    older.run()
+    assert "kept_step" not in older.facts(RunState.RECOVERING)[0]
+
+
 def test_the_budget_of_restarts_ends() -> None:
     run = Stepped.over(broken(died()), max_restarts=2, restart_delay_seconds=2)
     assert run.run() is RunState.FAILED

@@ -114,6 +114,11 @@ def test_offload_to_nvme_is_not_proved(make_recipe: MakeRecipe) -> None:
     refused(recipe, "zero.offload_optimizer: is nvme, from where no run of ours has gone on: DeepSpeed copies")
 
 
+def test_experts_are_not_kept_in_memory(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe({**EXPERTS, "fault_tolerance.memory_checkpoint.every_steps": 5})
+    refused(recipe, "fault_tolerance.memory_checkpoint: meets parallel.expert_parallel_size 2, and no test of ours")
+
+
 def test_experts_that_do_not_divide(make_recipe: MakeRecipe) -> None:
     mixtral = {"model.config.model_type": "mixtral", "model.config.num_local_experts": 6}
     recipe = make_recipe({**mixtral, "parallel.expert_parallel_size": 4})

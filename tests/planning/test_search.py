@@ -10,6 +10,7 @@ from launcher.errors import PlanError
 from launcher.planning.combinations import COMBINATIONS, combination_problems, kinds, model_problems
 from launcher.planning.explain import compare
 from launcher.planning.fit import HOST_USABLE, USABLE
+from launcher.planning.kept_states import kept_bytes, saved_bytes
 from launcher.planning.layout import Resources
 from launcher.planning.plan import Plan, make_plan, search_layouts
 from launcher.planning.search import choices, why_slower
@@ -206,6 +207,23 @@ def test_offload_needs_host_memory(make_recipe: MakeRecipe) -> None:
     message = refusal(recipe, H100.model_copy(update={"host_memory": limit - 8}))
     assert message.startswith(f"zero.offload_optimizer the 8 workers of a node offload {needed / 2**30:.1f} GiB")
     assert f"the node has {limit / 2**30:.1f} GiB" in message
+
+
+def test_states_in_memory_are_counted_and_need_host_memory(make_recipe: MakeRecipe) -> None:
+    training = {"max_steps": 10, "global_batch_size": 16, "micro_batch_size": 1, "gradient_checkpointing": True}
+    keeping = {"fault_tolerance": {"memory_checkpoint": {"every_steps": 5}}}
+    recipe = make_recipe({**BIG, "training": training, "zero": {"stage": 2}, **keeping})
+    for nodes, copies in ((1, 2), (2, 4)):
+        machines = H100.model_copy(update={"nodes": nodes, "host_memory": 2**42})
+        enough = make_plan(recipe, machines)
+        assert enough.ranks is not None
+        needed = kept_bytes(recipe, enough.ranks, machines)
+        assert needed == copies * 8 * max(saved_bytes(rank.states) for rank in enough.ranks)
+        limit = int(needed / HOST_USABLE)
+        make_plan(recipe, machines.model_copy(update={"host_memory": limit + 8}))
+        message = refusal(recipe, machines.model_copy(update={"host_memory": limit - 8}))
+        assert message.startswith(f"fault_tolerance.memory_checkpoint keeps {needed / 2**30:.1f} GiB of states")
+    assert kept_bytes(make_recipe(BIG), enough.ranks, machines) == 0
 
 
 def test_a_plan_at_the_border_of_the_memory(make_recipe: MakeRecipe, tmp_path: Any) -> None:

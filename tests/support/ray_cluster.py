@@ -135,6 +135,7 @@ class HostRay:
     cpus: int = 2
     environment: dict[str, str] = field(default_factory=dict)
     url: str = ""
+    started: list[RayNode] = field(default_factory=list)
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> "HostRay":
@@ -143,7 +144,8 @@ class HostRay:
         ports = port_block(f"{key}/0", "127.0.1.1")
         address, head = start_head("127.0.1.1", ports, resources, cluster, dashboard=True)
         self._stack.callback(head.end)
-        started: list[RayNode] = [head]
+        started = self.started
+        started.append(head)
         self._await(lambda: accepts_connections(address), started)
         for index in range(1, self.nodes):
             own = f"127.0.1.{index + 1}"

@@ -1,0 +1,36 @@
+"""What states in host memory take of a node (`fault_tolerance.memory_checkpoint`), and where they cannot be had."""
+
+from collections.abc import Iterator, Sequence
+
+from launcher.errors import Problem
+from launcher.planning.layout import Layout, Resources
+from launcher.planning.memory import MemoryPlan
+from launcher.planning.rank_memory import RankMemory
+from launcher.recipe.schema import Recipe
+
+GENERATIONS = 2
+"""The newest whole one, and the one that is being made."""
+
+
+def saved_bytes(states: MemoryPlan) -> int:
+    """Bytes of a rank's states in a checkpoint, at most: weights and optimizer states, wherever they live."""
+    return states.parameters + states.optimizer + states.host_parameters + states.host_optimizer
+
+
+def kept_bytes(recipe: Recipe, ranks: Sequence[RankMemory], resources: Resources) -> int:
+    """Host memory of a node for the states that it keeps: those of its own ranks, and of as many of another node."""
+    if recipe.fault_tolerance.memory_checkpoint is None:
+        return 0
+    copies = GENERATIONS * (1 if resources.nodes == 1 else 2)
+    return max(saved_bytes(rank.states) for rank in ranks) * copies * resources.workers_per_node
+
+
+def kept_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """What no test of ours has brought back from memory."""
+    size = layout.expert_parallel_size
+    if recipe.fault_tolerance.memory_checkpoint is not None and size > 1:
+        yield Problem(
+            f"meets parallel.expert_parallel_size {size}, and no test of ours has brought experts back from memory; "
+            "remove it, and set checkpoint.save_steps to what a failure may cost",
+            "fault_tolerance.memory_checkpoint",
+        )
