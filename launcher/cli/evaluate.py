@@ -1,20 +1,15 @@
 """`zerofleet evaluate`, `zerofleet predict` and `zerofleet generate`: what a checkpoint of a run can do."""
 
-import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from launcher.run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from launcher.planning.plan import Plan
+from launcher.cli.one_checkpoint import data_of, one_checkpoint, quietly
 
 Run = Annotated[Path, typer.Argument(help="Run directory.")]
 Step = Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")]
@@ -23,7 +18,9 @@ Step = Annotated[int | None, typer.Option(help="Step of the checkpoint. Default:
 def evaluate(
     run_dir: Run,
     step: Step = None,
-    max_samples: Annotated[int | None, typer.Option(help="At most so many held-out samples. Default: all.")] = None,
+    max_samples: Annotated[
+        int | None, typer.Option(min=1, help="At most so many held-out samples, or questions. Default: all.")
+    ] = None,
     ema: Annotated[bool | None, typer.Option(help="The averaged weights, or not. Default: the recipe's.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Ask a language model about labelled texts instead, as this YAML file says.")
@@ -32,19 +29,13 @@ def evaluate(
 ) -> None:
     """Measure a run's checkpoint on all of its held-out data, in this process."""
     if prompts is not None:
-        _ask(run_dir, step, ema, prompts, as_json)
+        _ask(run_dir, step, ema, prompts, max_samples, as_json)
         return
-    with _quietly():
-        from launcher.data.store import PreparedData
-        from launcher.planning.methods import with_average
+    with quietly():
         from launcher.training.offline import evaluate_checkpoint
 
-        directory, plan, folder = _checkpoint(run_dir, step)
-        plan = plan.model_copy(update={"recipe": with_average(plan.recipe, ema)})
-        location = json.loads(directory.data.read_text())
-        evaluation, metrics = evaluate_checkpoint(
-            folder, plan, PreparedData.load(Path(location["directory"])), max_samples
-        )
+        directory, plan, folder = one_checkpoint(run_dir, step, ema)
+        evaluation, metrics = evaluate_checkpoint(folder, plan, data_of(directory), max_samples)
     values = {"loss": evaluation.loss, **metrics.values}
     if as_json:
         facts = {"checkpoint": str(folder), "targets": evaluation.num_targets, "metrics": values}
@@ -57,17 +48,16 @@ def evaluate(
         print(metrics.text)
 
 
-def _ask(run_dir: Path, step: int | None, ema: bool | None, prompts: Path, as_json: bool) -> None:
+def _ask(
+    run_dir: Path, step: int | None, ema: bool | None, prompts: Path, max_samples: int | None, as_json: bool
+) -> None:
     """Print what the model said before training and at the checkpoint, side by side."""
-    with _quietly():
-        from launcher.data.store import PreparedData
-        from launcher.planning.methods import with_average
+    with quietly():
         from launcher.training.prompting import ask, read_prompts
 
         section = read_prompts(prompts)
-        directory, plan, folder = _checkpoint(run_dir, step)
-        plan = plan.model_copy(update={"recipe": with_average(plan.recipe, ema)})
-        asked = ask(folder, plan, PreparedData.load(Path(json.loads(directory.data.read_text())["directory"])), section)
+        directory, plan, folder = one_checkpoint(run_dir, step, ema)
+        asked = ask(folder, plan, data_of(directory), section, max_samples)
     if as_json:
         print(json.dumps({"checkpoint": str(folder), **asdict(asked)}, indent=2))
         return
@@ -83,16 +73,14 @@ def predict(
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the rows.")] = 1,
     step: Step = None,
 ) -> None:
-    """Let a run's checkpoint say something of each row of a file: its class and the probabilities, or a number."""
-    with _quietly():
-        from launcher.data.store import PreparedData
+    """Let a run's checkpoint say something of each row of a file: a class, a number, or a text."""
+    with quietly():
         from launcher.errors import StorageError
         from launcher.run_directory import write_atomically
         from launcher.training.prediction import predict_file
 
-        directory, plan, folder = _checkpoint(run_dir, step)
-        prepared = PreparedData.load(Path(json.loads(directory.data.read_text())["directory"]))
-        found = list(predict_file(folder, plan, prepared, file, workers))
+        directory, plan, folder = one_checkpoint(run_dir, step)
+        found = list(predict_file(folder, plan, data_of(directory), file, workers))
     lines = "".join(json.dumps({**_of_json(row), **answer}) + "\n" for row, answer in found)
     if output is None:
         print(lines, end="")
@@ -117,17 +105,14 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: always the most probable token; else sample.")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
 ) -> None:
-    """Let a run's checkpoint continue texts: those named, or each line of standard input."""
-    with _quietly():
-        from launcher.data.store import PreparedData
+    """Let a run's checkpoint continue texts (or rewrite them): those named, or each line of standard input."""
+    with quietly():
         from launcher.training.offline import continuations
 
-        directory, plan, folder = _checkpoint(run_dir, step)
-        location = json.loads(directory.data.read_text())
-        prepared = PreparedData.load(Path(location["directory"]))
-        results = continuations(folder, plan, prepared, prompts or _lines(), max_new_tokens, temperature)
+        directory, plan, folder = one_checkpoint(run_dir, step)
+        results = continuations(folder, plan, data_of(directory), prompts or _lines(), max_new_tokens, temperature)
     while True:
-        with _quietly():
+        with quietly():
             result = next(results, None)
         if result is None:
             return
@@ -139,28 +124,3 @@ def _lines() -> Iterator[str]:
     for line in sys.stdin:
         if line.strip():
             yield line.rstrip("\n")
-
-
-def _checkpoint(run_dir: Path, step: int | None) -> tuple[RunDirectory, "Plan", Path]:
-    from launcher.checkpoints import folders
-    from launcher.errors import CheckpointError
-    from launcher.orchestration.driver import read_plan
-
-    directory = RunDirectory.at(run_dir)
-    plan = read_plan(directory)
-    present = {folders.step_of(path): path for path in folders.complete(directory.checkpoints)}
-    if not present:
-        raise CheckpointError(f"{directory.checkpoints} holds no complete checkpoint")
-    chosen = max(present) if step is None else step
-    if chosen not in present:
-        known = ", ".join(map(str, sorted(present)))
-        raise CheckpointError(f"no complete checkpoint of step {step}; there are steps {known}")
-    return directory, plan, present[chosen]
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep what libraries print off the output: it belongs to the result."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with contextlib.redirect_stdout(sys.stderr):
-        yield

@@ -12,6 +12,7 @@ from cluster.errors import ExpectedError
 from launcher.cli.checkpoint import checkpoint
 from launcher.cli.doctor import doctor
 from launcher.cli.evaluate import evaluate, generate, predict
+from launcher.cli.export import export
 from launcher.cli.foreign import import_
 from launcher.cli.jobs import cancel, jobs, status
 from launcher.cli.logs import attach, logs
@@ -20,7 +21,7 @@ from launcher.cli.prepare import prepare
 from launcher.cli.profile import profile
 from launcher.cli.recipes import recipes
 from launcher.cli.report import report
-from launcher.cli.run import export, run
+from launcher.cli.run import run
 from launcher.cli.schema import schema
 from launcher.cli.simulate import simulate
 from launcher.cli.submit import submit, sweep

@@ -1,10 +1,8 @@
-"""`zerofleet run` and `zerofleet export`: train in the foreground, and turn a run into a Hugging Face folder."""
+"""`zerofleet run`: train in the foreground."""
 
 import contextlib
 import json
-import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,68 +63,3 @@ def _watched(observer: LiveObserver, plan: "Plan", profile: "Profile", directory
         raise typer.Exit(INTERRUPTED) from None
     finally:
         observer.close()
-
-
-def export(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory.")],
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to write. Default: RUN/export.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. Default: the recipe's.")] = None,
-    prune: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Set this share of the layers' weights, the smallest, to zero.")
-    ] = None,
-    max_samples: Annotated[int | None, typer.Option(help="With --prune: measure on so many held-out samples.")] = None,
-    ema: Annotated[bool | None, typer.Option(help="The averaged weights, or not. Default: the recipe's.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> None:
-    """Write a run's checkpoint as a Hugging Face folder that `from_pretrained` loads."""
-    from launcher.checkpoints import folders as checkpoint_folders
-    from launcher.errors import CheckpointError, ExpectedError
-    from launcher.orchestration.driver import read_plan
-    from launcher.planning.methods import with_average
-
-    directory = RunDirectory.at(run_dir)
-    plan = read_plan(directory)
-    folders = {checkpoint_folders.step_of(path): path for path in checkpoint_folders.complete(directory.checkpoints)}
-    if not folders:
-        raise CheckpointError(f"{directory.checkpoints} holds no complete checkpoint")
-    chosen = max(folders) if step is None else step
-    if chosen not in folders:
-        raise CheckpointError(
-            f"no complete checkpoint of step {step}; there are steps {', '.join(map(str, sorted(folders)))}"
-        )
-    if dtype is not None:
-        if dtype not in ("fp32", "bf16", "fp16"):
-            raise ExpectedError(f"--dtype {dtype}: use fp32, bf16 or fp16")
-        section = plan.recipe.export.model_copy(update={"dtype": dtype})
-        plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"export": section})})
-    plan = plan.model_copy(update={"recipe": with_average(plan.recipe, ema)})
-    location = _data_location(directory)
-    pruned = None
-    target = (output or directory.export).absolute()
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed talks on stdout
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if prune is None:
-            from launcher.training.export import export_checkpoint
-
-            export_checkpoint(folders[chosen], plan, Path(location["tokenizer_directory"]), target)
-        else:
-            from launcher.data.store import PreparedData
-            from launcher.training.pruning import export_pruned
-
-            prepared = PreparedData.load(Path(location["directory"]))
-            pruned = export_pruned(folders[chosen], plan, prepared, target, prune, max_samples)
-    if as_json:
-        facts = {"step": chosen, "export": str(target)}
-        print(json.dumps(facts if pruned is None else {**facts, "pruned": asdict(pruned)}))
-        return
-    print(f"step {chosen} -> {target}")
-    if pruned is not None:
-        print(f"{pruned.zeros:,} of {pruned.weights:,} weights of its layers are zero")
-        for name, value in pruned.before.items():
-            print(f"  {name.replace('_', ' '):<28}{value:.4f} -> {pruned.after[name]:.4f}")
-
-
-def _data_location(directory: RunDirectory) -> dict[str, Any]:
-    location: dict[str, Any] = json.loads(directory.data.read_text())
-    return location

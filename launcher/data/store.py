@@ -204,9 +204,9 @@ class PreparedData:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the task's encoder learnt from the data; empty for packed text."""
+        """What the task's encoder learnt from the data, and where the tokenizer is; empty for packed text."""
         facts: dict[str, Any] = self.settings.get("facts", {})
-        return facts
+        return {**facts, "tokenizer_directory": str(self.tokenizer_directory)} if self.holds_examples else facts
 
     @property
     def holds_examples(self) -> bool:

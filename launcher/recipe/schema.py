@@ -135,6 +135,11 @@ class Recipe(Section):
                     f"{self.adapter.method} puts one prompt before each row, not before each document packed into it: "
                     "set data.packing to none"
                 )
+            if self.adapter.is_prompt and self.seq2seq.metrics:
+                raise ValueError(
+                    f"no test of ours has let a model write behind what {self.adapter.method} learns: leave "
+                    "seq2seq.metrics out"
+                )
         if TASKS[self.task].tokens and self.data.sequence_length < 2:
             raise ValueError(f"task {self.task} reads text: set data.sequence_length to 2 or more")
         return self

@@ -134,6 +134,11 @@ class SequenceToSequenceSection(Section):
     """Put before each source, such as T5's `summarize: `."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each target that is spread evenly over all tokens, while training."""
+    metrics: tuple[Literal["bleu", "chrf", "rouge"], ...] = ()
+    """Let the model write a text for each held-out source, always its most probable next token, and compare it with the
+    target: BLEU and chrF (0 to 100, sacrebleu's defaults), ROUGE-1, -2 and -L (0 to 1, F measure, without stemming)."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Tokens to write at most."""
 
 
 class PreferenceSection(Section):

@@ -21,6 +21,7 @@ class TaskEntry:
         tokens: it reads text, so it needs a tokenizer and a sequence length.
         encoder_tokens: a tokenizer that is trained for it gets begin, separator and mask tokens, as BERT's has.
         generates: its model continues text.
+        rewrites: its model writes a text for another one.
         packed_text: it reads plain text in packed rows; otherwise the class's `encoder` makes examples of rows.
         built_whole: each worker builds its model whole, under ZeRO 3 too, where others are partitioned while built.
     """
@@ -30,6 +31,7 @@ class TaskEntry:
     encoder_tokens: bool = False
     packed_text: bool = False
     generates: bool = False
+    rewrites: bool = False
     built_whole: bool = False
 
     def load(self) -> Any:
@@ -55,7 +57,7 @@ TASKS = {
     "question_answering": TaskEntry("launcher.tasks.question_answering:QuestionAnswering", encoder_tokens=True),
     "reward_model": TaskEntry("launcher.tasks.preference:RewardModel"),
     "sentence_embedding": TaskEntry("launcher.tasks.sentence_embedding:SentenceEmbedding", encoder_tokens=True),
-    "seq2seq_lm": TaskEntry("launcher.tasks.seq2seq_lm:SequenceToSequence", encoder_tokens=True),
+    "seq2seq_lm": TaskEntry("launcher.tasks.seq2seq_lm:SequenceToSequence", encoder_tokens=True, rewrites=True),
     "sequence_classification": TaskEntry(
         "launcher.tasks.sequence_classification:SequenceClassification", encoder_tokens=True
     ),

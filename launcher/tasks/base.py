@@ -44,13 +44,15 @@ class Metrics:
 
     Attributes:
         values: numbers by name; a recipe can stop early by any of them.
-        report: tables and curves, of types that JSON knows.
+        report: tables and curves, of types that JSON knows; `samples` in it are mappings of name to text.
         text: for people.
+        pictures: uint8 [height, width, channels] by name, for TensorBoard.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     text: str = ""
+    pictures: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -103,6 +105,19 @@ class Task(Protocol):
     def loss(self, model: torch.nn.Module, batch: Batch) -> LossOutput:
         """Run forward and return loss sum and count."""
         ...
+
+    @property
+    def writes(self) -> bool:
+        """Whether the recipe wants `metrics` of what the model writes: then `written` is asked for every batch."""
+        return False
+
+    def written(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Let the model write something of each sample; all ranks of a run must call it together.
+
+        Returns:
+            More `predictions` of the batch.
+        """
+        return {}
 
     def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
         """Measure an evaluation.

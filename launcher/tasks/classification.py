@@ -14,9 +14,12 @@ from cluster.validation import near_match
 from launcher.data.examples import EncodingError, Field
 from launcher.recipe.task_sections import ClassificationSection
 from launcher.tasks.base import LossOutput, Metrics
+from launcher.tasks.curves import curves
 
 IGNORED = -100
 """Label of a sample that does not count, as in transformers; NaN for numbers."""
+SHOWN = 8
+"""Samples that an evaluation shows."""
 
 
 class Labels:
@@ -207,6 +210,24 @@ def classification_answers(
     return found
 
 
+def shown_answers(
+    predictions: Sequence[Mapping[str, NDArray[Any]]], section: ClassificationSection, facts: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """What the first samples are, and what the model takes them for; in words."""
+    names, found = facts["labels"], []
+    answers = classification_answers(np.stack([each["logits"] for each in predictions[:SHOWN]]), section, facts)
+    for each, answer in zip(predictions[:SHOWN], answers, strict=True):
+        if section.problem_type == "regression":
+            true, said = f"{float(each['labels']):.4g}", f"{answer['value']:.4g}"
+        elif section.problem_type == "multi_label":
+            true = ", ".join(name for name, there in zip(names, each["labels"], strict=True) if there > 0.5)
+            said = ", ".join(answer["labels"])
+        else:
+            true, said = names[int(each["labels"])], answer["label"]
+        found.append({"label": true, "predicted": said})
+    return found
+
+
 def classification_metrics(
     predictions: Sequence[Mapping[str, NDArray[Any]]], section: ClassificationSection, facts: Mapping[str, Any]
 ) -> Metrics:
@@ -243,11 +264,11 @@ def single_label_metrics(logits: NDArray[np.float64], labels: NDArray[np.int64],
         values |= {f"{name}_{average}": parts[i] for i, name in enumerate(("precision", "recall", "f1"))}
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = shifted / shifted.sum(axis=1, keepdims=True)
+    drawn = slice(1, 2) if len(names) == 2 else slice(None)
     if set(labels.tolist()) == set(every):  # a curve needs examples of both sides
         one_hot = np.eye(len(names))[labels]
-        chosen = slice(1, 2) if len(names) == 2 else slice(None)
-        values["roc_auc"] = sk.roc_auc_score(one_hot[:, chosen], probabilities[:, chosen], average="macro")
-        values["pr_auc"] = sk.average_precision_score(one_hot[:, chosen], probabilities[:, chosen], average="macro")
+        values["roc_auc"] = sk.roc_auc_score(one_hot[:, drawn], probabilities[:, drawn], average="macro")
+        values["pr_auc"] = sk.average_precision_score(one_hot[:, drawn], probabilities[:, drawn], average="macro")
     majority = int(np.argmax(facts["label_counts"]))
     values["majority_accuracy"] = float(np.mean(labels == majority))
     options: dict[str, Any] = {"labels": every, "target_names": names, "zero_division": 0}
@@ -255,6 +276,7 @@ def single_label_metrics(logits: NDArray[np.float64], labels: NDArray[np.int64],
     report = {
         "classification_report": sk.classification_report(labels, predicted, output_dict=True, **options),
         "confusion_matrix": {"labels": names, "rows": sk.confusion_matrix(labels, predicted, labels=every).tolist()},
+        "curves": curves(np.eye(len(names))[labels][:, drawn], probabilities[:, drawn], names[drawn]),
     }
     return Metrics({name: float(value) for name, value in values.items()}, report, str(text))
 
@@ -283,7 +305,8 @@ def multi_label_metrics(logits: NDArray[np.float64], labels: NDArray[np.int64], 
         labels, np.broadcast_to(majority, labels.shape), average="micro", zero_division=0
     )
     options: dict[str, Any] = {"target_names": names, "zero_division": 0}
-    report = {"classification_report": sk.classification_report(labels, predicted, output_dict=True, **options)}
+    report = {"classification_report": sk.classification_report(labels, predicted, output_dict=True, **options),
+              "curves": curves(labels, logits, names)}  # fmt: skip
     text = sk.classification_report(labels, predicted, digits=4, **options)
     return Metrics({name: float(value) for name, value in values.items()}, report, str(text))
 

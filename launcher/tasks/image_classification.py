@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from launcher.tasks.classification import (
     classification_loss,
     classification_metrics,
     is_counted,
+    shown_answers,
 )
 from launcher.tasks.sequence_classification import with_labels
 
@@ -204,8 +206,11 @@ class ImageClassification(Task):
         return LossOutput(share * own.loss_sum + (1 - share) * other.loss_sum, own.num_targets)
 
     def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
-        """Measure with scikit-learn."""
-        return classification_metrics(predictions, self.section, self.facts)
+        """Measure with scikit-learn, and show some pictures with what the model takes them for."""
+        found = classification_metrics(predictions, self.section, self.facts)
+        shown = shown_answers(predictions, self.section, self.facts)
+        pictures = {f"pictures/{index}": samples[index]["pixels"].transpose(1, 2, 0) for index in range(len(shown))}
+        return replace(found, report={**found.report, "samples": shown}, pictures=pictures)
 
     def answers(self, predictions: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
         """Class and probabilities of each sample."""

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from launcher.data.examples import BadExample, EncodingError, Example, Field, Row
 from launcher.planning.plan import Plan
@@ -20,6 +21,7 @@ from launcher.tasks.classification import (
     classification_loss,
     classification_metrics,
     is_counted,
+    shown_answers,
 )
 from launcher.tasks.distillation import Teacher, distilled, soft_loss
 from launcher.tasks.padding import pad, padding_token
@@ -109,6 +111,11 @@ class SequenceClassification(Task):
         self.weights = class_weights(self.section, facts)
         self._teacher: Teacher | None = None
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of the run, to show texts."""
+        return AutoTokenizer.from_pretrained(self.facts["tokenizer_directory"])
+
     @classmethod
     def encoder(cls, recipe: Recipe) -> SequenceClassificationEncoder:
         """Make the encoder of the recipe."""
@@ -146,8 +153,12 @@ class SequenceClassification(Task):
         return replace(output, loss_sum=distilled(output.loss_sum, soft, section))
 
     def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
-        """Measure with scikit-learn."""
-        return classification_metrics(predictions, self.section, self.facts)
+        """Measure with scikit-learn, and show some texts with what the model takes them for."""
+        found = classification_metrics(predictions, self.section, self.facts)
+        answers = shown_answers(predictions, self.section, self.facts)
+        texts = [self.tokenizer.decode(samples[index]["input_ids"].tolist()) for index in range(len(answers))]
+        shown = [{"text": text, **answer} for text, answer in zip(texts, answers, strict=True)]
+        return replace(found, report={**found.report, "samples": shown})
 
     def answers(self, predictions: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
         """Class and probabilities of each sample."""

@@ -60,7 +60,7 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
     config.use_cache = True
     with torch.device("meta"):
         model = task.auto_class.from_config(config, dtype=dtype)
-    with _scratch(target) as scratch:
+    with scratch_beside(target) as scratch:
         weights = averaged_weights if plan.recipe.training.uses_average else whole_weights
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if tensor.ndim == 0}
         state = {
@@ -87,14 +87,17 @@ def tokenizer_of(model: Any, plan: Plan, tokenizer_directory: Path) -> Any:
     if model.can_generate():
         generation = model.generation_config or GenerationConfig()
         generation.bos_token_id = tokenizer.bos_token_id
-        generation.eos_token_id = tokenizer.eos_token_id
+        # An encoder-decoder's targets need not end with the tokenizer's end of text.
+        decodes = model.config.is_encoder_decoder
+        generation.eos_token_id = model.config.eos_token_id if decodes else tokenizer.eos_token_id
+        generation.decoder_start_token_id = model.config.decoder_start_token_id if decodes else None
         generation.pad_token_id = tokenizer.pad_token_id
         model.generation_config = generation
     return tokenizer
 
 
 @contextmanager
-def _scratch(target: Path) -> Iterator[Path]:
+def scratch_beside(target: Path) -> Iterator[Path]:
     """A folder beside the target for weights on their way into it."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -164,9 +167,14 @@ def write_folder(model: Any, target: Path, tokenizer: Any = None) -> None:
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        replace_folder(temporary, target)
     except (OSError, RuntimeError) as error:
         raise StorageError(f"export to {target} failed: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(made: Path, target: Path) -> None:
+    """Put a folder that is whole into the place of another one, or of none."""
+    shutil.rmtree(target, ignore_errors=True)
+    made.rename(target)

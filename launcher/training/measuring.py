@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,11 +46,13 @@ def measure(
     loss_sum, num_targets = 0.0, 0
     own: list[tuple[int, dict[str, Any]]] = []
     for number, batch in enumerate(evaluation_batches(datasets, micro, rank, size, limit, task.collate)):
-        output = task.loss(engine, to_device(batch, device))
+        moved = to_device(batch, device)
+        output = task.loss(engine, moved)
         loss_sum += output.loss_sum.item()
         num_targets += int(output.num_targets.item())
+        predictions = output.predictions | (task.written(engine, moved) if task.writes else {})
         arrays = {name: values.float().cpu().numpy() if values.is_floating_point() else values.cpu().numpy()
-                  for name, values in output.predictions.items()}  # fmt: skip
+                  for name, values in predictions.items()}  # fmt: skip
         for index in range(micro):
             position = number * micro * size + index * size + rank
             if position < total:
@@ -64,7 +67,7 @@ def measure(
         by_position = dict(pair for part in gathered for pair in part)
         metrics = task.metrics([by_position[position] for position in range(total)], _Chosen(datasets, limit))
     values = broadcast(lambda: metrics.values)
-    return evaluation, Metrics(values, metrics.report, metrics.text)
+    return evaluation, replace(metrics, values=values)
 
 
 SMALLER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity")

@@ -18,6 +18,7 @@ from launcher.recipe.loading import dump_recipe
 from launcher.run_directory import RunDirectory, append_json_line, read_json_lines, write_atomically
 from launcher.tasks import Metrics
 from launcher.training.context import STEP_PHASES, Beat
+from launcher.training.figures import curves_picture
 
 TENSORBOARD_TAGS = {
     "loss": "train/loss",
@@ -215,11 +216,19 @@ class Monitor:
                 self._writer.add_text(f"samples/{index}", f"```\n{prompt}{continuation}\n```", step)
 
     def record_report(self, step: int, metrics: Metrics) -> None:
-        """Write an evaluation's tables to TensorBoard: the report, and the confusion matrix as a picture."""
+        """Write an evaluation's tables to TensorBoard: report, samples, and as pictures confusion matrix and curves."""
         if self._writer is None:
             return
+        for index, sample in enumerate(metrics.report.get("samples", [])):
+            parts = "\n\n".join(f"**{name}**\n\n```\n{text}\n```" for name, text in sample.items())
+            self._writer.add_text(f"samples/{index}", parts, step)
         if metrics.text:
             self._writer.add_text("evaluation/report", f"```\n{metrics.text}\n```", step)
+        for kind, lines in metrics.report.get("curves", {}).items():
+            if lines:
+                self._writer.add_image(f"evaluation/{kind}", curves_picture(lines), step, dataformats="HWC")
+        for name, pixels in metrics.pictures.items():
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
         if "confusion_matrix" in metrics.report:
             rows = np.array(metrics.report["confusion_matrix"]["rows"], np.float64)
             shares = rows / np.maximum(rows.sum(axis=1, keepdims=True), 1)

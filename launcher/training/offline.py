@@ -108,10 +108,49 @@ def measure_alone(
         model.eval()
 
 
+def figures_alone(
+    alone: Plan, task: Task, model: Any, prepared: PreparedData, max_samples: int | None
+) -> dict[str, float]:
+    """Loss and metrics by name, as `measure_alone` finds them."""
+    evaluation, metrics = measure_alone(alone, task, model, prepared, max_samples)
+    return {"loss": evaluation.loss, **metrics.values}
+
+
+def whole_to_export(folder: Path, plan: Plan, prepared: PreparedData, option: str) -> tuple[Plan, Task, Any]:
+    """Build a checkpoint's model as `load_checkpoint` does, for an export that changes it; an adapter is merged.
+
+    Args:
+        folder: of the checkpoint.
+        plan: of its run.
+        prepared: its data.
+        option: of the command line, for the error.
+
+    Raises:
+        ExpectedError: the adapter is a prompt, which leaves the model as it is.
+    """
+    adapter = plan.recipe.adapter
+    if adapter is not None and adapter.is_prompt:
+        raise ExpectedError(
+            f"{option}: {adapter.method} leaves the model as it is, so there is nothing to change in it"
+        )
+    alone, task, model = load_checkpoint(folder, plan, prepared)
+    return alone, task, model if adapter is None else model.merge_and_unload().eval()
+
+
+def restore_scalars(model: Any, task: Task) -> None:
+    """Give parameters that are trained as vectors of one element (CLIP's temperature) their own shape again."""
+    with torch.device("meta"):
+        plain = task.auto_class.from_config(model.config)
+    for name, parameter in plain.named_parameters():
+        if parameter.ndim == 0:
+            own = model.get_parameter(name)
+            own.data = own.data.view(())
+
+
 def continuations(
     folder: Path, plan: Plan, prepared: PreparedData, prompts: Iterable[str], max_new_tokens: int, temperature: float
 ) -> Iterator[tuple[str, str]]:
-    """Let a checkpoint continue prompts, one at a time.
+    """Let a checkpoint continue prompts, one at a time; or write what stands for them (`seq2seq_lm`).
 
     Yields:
         Prompt and continuation.
@@ -119,15 +158,18 @@ def continuations(
     Raises:
         ExpectedError: the task's model writes no text.
     """
-    if not TASKS[plan.recipe.task].generates:
+    entry = TASKS[plan.recipe.task]
+    if not entry.generates and not entry.rewrites:
         raise ExpectedError(f"the model of task {plan.recipe.task} writes no text")
     from transformers import AutoTokenizer
 
     _, _, model = load_checkpoint(folder, plan, prepared)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_directory)
+    prefix = plan.recipe.seq2seq.source_prefix if entry.rewrites else ""
+    end = prepared.facts["end_token_id"] if entry.rewrites else tokenizer.eos_token_id
     torch.manual_seed(plan.recipe.seed)
     for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        inputs = tokenizer(prefix + prompt, return_tensors="pt", return_token_type_ids=False)
         with torch.no_grad():
             output = model.generate(
                 **inputs,
@@ -137,7 +179,8 @@ def continuations(
                 top_k=None,
                 top_p=None,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=end,
                 use_cache=True,
             )
-        yield prompt, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        begin = 1 if entry.rewrites else inputs["input_ids"].shape[1]
+        yield prompt, tokenizer.decode(output[0, begin:], skip_special_tokens=True)

@@ -19,8 +19,10 @@ from launcher.tasks import Task
 from launcher.training.offline import load_checkpoint
 
 READERS = {".jsonl": "from_json", ".json": "from_json", ".csv": "from_csv", ".parquet": "from_parquet"}
-PREDICTED = ("audio_classification", "image_classification", "sequence_classification")
+PREDICTED = ("audio_classification", "image_classification", "seq2seq_lm", "sequence_classification")
 """Tasks whose models say something of a row."""
+TRUE = frozenset({"label", "target"})
+"""What a row has to learn from, and is not read here."""
 
 _PLACEHOLDER: dict[str, Any] = {"single_label": None, "multi_label": [], "regression": 0.0}
 
@@ -39,7 +41,7 @@ def predict_file(
 
     Yields:
         Each row, in the file's order, and what the model says of it: `label` and `probabilities`, `labels` and
-        `probabilities`, or `value`; or the `error` why it cannot be used.
+        `probabilities`, `value`, or `text`; or the `error` why it cannot be used.
 
     Raises:
         ExpectedError: the task's models say nothing of a row, or it is no such file.
@@ -94,9 +96,9 @@ def _read(file: Path, plan: Plan) -> list[Row]:
     columns = {}
     for role in (*encoder.roles, *encoder.optional_roles):
         column = names.get(role, role) if names.get(role, role) in table.column_names else role
-        if column in table.column_names and role != "label":
+        if column in table.column_names and role not in TRUE:
             columns[role] = column
-        elif role in encoder.roles and role != "label":
+        elif role in encoder.roles and role not in TRUE:
             known = ", ".join(table.column_names)
             raise DataError(f"{file} has no column {names.get(role, role)} for the task's {role}; it has {known}")
     return [{role: row[column] for role, column in columns.items()} for row in table]
@@ -118,7 +120,10 @@ def _answers_of(folder: Path, plan_json: str, data: Path, rows: Sequence[Row]) -
 
 
 def _encoded(plan: Plan, prepared: PreparedData, rows: Sequence[Row]) -> list[Any]:
-    """Examples of rows without labels: the encoder learns the run's classes, and sees the first of them everywhere."""
+    """Examples of rows without labels: the encoder learns the run's classes, and sees the first of them everywhere.
+
+    A text to be written is seen as one letter.
+    """
     recipe = plan.recipe
     encoder = TASKS[recipe.task].load().encoder(recipe)
     tokenizer = None
@@ -126,6 +131,9 @@ def _encoded(plan: Plan, prepared: PreparedData, rows: Sequence[Row]) -> list[An
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_directory)
+    if TASKS[recipe.task].rewrites:
+        encoder.begin(tokenizer, [])
+        return list(encoder.encode([{**row, "target": "a"} for row in rows])) if rows else []
     labels = prepared.facts["labels"]
     placeholder = _PLACEHOLDER[recipe.classification.problem_type]
     encoder.begin(tokenizer, [[{"label": label if placeholder is None else [label]} for label in labels]])
@@ -143,5 +151,6 @@ def _file(value: Any) -> Any:
 
 @torch.no_grad()
 def _ask(task: Task, model: Any, samples: Sequence[Any]) -> list[dict[str, Any]]:
-    output = task.loss(model, task.collate(samples))
-    return task.answers({name: values.float().numpy() for name, values in output.predictions.items()})
+    batch = task.collate(samples)
+    predictions = task.loss(model, batch).predictions | task.written(model, batch)
+    return task.answers({name: values.float().numpy() for name, values in predictions.items()})

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from cluster.strict_yaml import read_yaml
 from cluster.validation import near_match, validate
+from launcher.data.sampler import evaluation_rows
 from launcher.data.store import PreparedData
 from launcher.errors import DataError, ExpectedError, RecipeError
 from launcher.planning.plan import Plan
@@ -75,8 +76,17 @@ def read_prompts(path: Path) -> PromptSection:
     return section.model_copy(update={"file": str(path.absolute().parent / section.file)})
 
 
-def ask(folder: Path, plan: Plan, prepared: PreparedData, section: PromptSection) -> Asked:
+def ask(
+    folder: Path, plan: Plan, prepared: PreparedData, section: PromptSection, max_samples: int | None = None
+) -> Asked:
     """Ask the model that training began with, and a checkpoint, about the same rows in this process.
+
+    Args:
+        folder: of the checkpoint.
+        plan: of its run.
+        prepared: its data.
+        section: what to ask.
+        max_samples: ask at most so many questions, spread evenly over all of them.
 
     Raises:
         ExpectedError: the task's model writes no text.
@@ -88,6 +98,8 @@ def ask(folder: Path, plan: Plan, prepared: PreparedData, section: PromptSection
 
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_directory)
     questions, labels = make_questions(read_table(Path(section.file)), section)
+    chosen = evaluation_rows([len(questions)], max_samples)[1].tolist()
+    questions, labels = [questions[row] for row in chosen], [labels[row] for row in chosen]
     longest = plan.model.max_position_embeddings if plan.model else None
     _, _, first = whole_model(plan, prepared)
     before = _measured(first, tokenizer, questions, labels, section, longest)

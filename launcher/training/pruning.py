@@ -10,12 +10,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 from launcher.data.store import PreparedData
-from launcher.errors import ExpectedError
 from launcher.models.build import DTYPES
 from launcher.planning.plan import Plan
-from launcher.tasks import Task
 from launcher.training.export import tokenizer_of, write_folder
-from launcher.training.offline import held_out, load_checkpoint, measure_alone
+from launcher.training.offline import figures_alone, held_out, restore_scalars, whole_to_export
 
 
 @dataclass(frozen=True)
@@ -78,30 +76,13 @@ def export_pruned(
         StorageError: the folder cannot be written.
     """
     held_out(prepared)
-    adapter = plan.recipe.adapter
-    if adapter is not None and adapter.is_prompt:
-        raise ExpectedError(f"--prune: {adapter.method} leaves the model as it is, so there is nothing to prune")
-    alone, task, model = load_checkpoint(folder, plan, prepared)
-    if adapter is not None:
-        model = model.merge_and_unload()
-    evaluation, metrics = measure_alone(alone, task, model, prepared, max_samples)
-    before = {"loss": evaluation.loss, **metrics.values}
+    alone, task, model = whole_to_export(folder, plan, prepared, "--prune")
+    before = figures_alone(alone, task, model, prepared, max_samples)
     with torch.no_grad():
         zeros, weights = prune_smallest(model, share)
-    evaluation, metrics = measure_alone(alone, task, model, prepared, max_samples)
-    after = {"loss": evaluation.loss, **metrics.values}
+    after = figures_alone(alone, task, model, prepared, max_samples)
     model.config.use_cache = True
     dtype = DTYPES[plan.recipe.export.dtype or plan.recipe.training.precision]
-    _restore_scalars(model, task)
+    restore_scalars(model, task)
     write_folder(model.to(dtype), target, tokenizer_of(model, plan, prepared.tokenizer_directory))
     return Pruned(zeros, weights, before, after)
-
-
-def _restore_scalars(model: Any, task: Task) -> None:
-    """Give parameters that are trained as vectors of one element (CLIP's temperature) their own shape again."""
-    with torch.device("meta"):
-        plain = task.auto_class.from_config(model.config)
-    for name, parameter in plain.named_parameters():
-        if parameter.ndim == 0:
-            own = model.get_parameter(name)
-            own.data = own.data.view(())

@@ -1,7 +1,7 @@
-"""Recipes of real models: planned on the cluster that their second line names, and counted as transformers does."""
+"""Recipes of real models: planned on the cluster that their comments name, and counted as transformers does."""
 
 import json
-import shlex
+import re
 from pathlib import Path
 
 import pytest
@@ -11,17 +11,18 @@ from typer.testing import CliRunner
 
 from launcher.cli.main import app
 from launcher.planning.plan import Plan
+from launcher.recipe.loading import load_recipe
 from launcher.recipe.tasks import TASKS
+from tests.support.recipes import PLANNED, SMOKES, TEXTS
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-TEXTS = {
-    path.relative_to(REPOSITORY / "recipes").with_suffix("").as_posix(): path.read_text()
-    for path in (REPOSITORY / "recipes").rglob("*.yaml")
+MINILM, SMOLLM2 = ("minilm", "bert"), ("smollm2-135m-instruct", "llama")
+ADAPTED = ("smollm2-lora", "dora", "rslora", "ia3", "prefix-tuning", "prompt-tuning", "p-tuning")
+FETCHED = {
+    **{f"finetune/{name}": MINILM for name in ("movie-reviews", "gradual-unfreezing", "frozen-layers")},
+    **{f"finetune/{name}": SMOLLM2 for name in ADAPTED},
 }
-RECIPES = {name: text.splitlines()[1] for name, text in TEXTS.items()}
-FETCHED = {"finetune/movie-reviews": ("minilm", "bert"), "finetune/smollm2-lora": ("smollm2-135m-instruct", "llama")}
 """Recipes of weights that benchmarks/real_weights.py fetches: their folder, and the kind of model in it."""
-REAL = {name: line for name, line in RECIPES.items() if line.startswith("# zerofleet plan ") and "--gpu" in line}
+REAL = {name: words for name, words in PLANNED.items() if "--gpu" in words}
 
 
 def planned(*arguments: str) -> Plan:
@@ -39,17 +40,31 @@ def meta_count(config: dict[str, object]) -> int:
 
 
 def test_there_are_real_recipes() -> None:
-    assert len(REAL) >= 5
+    assert len(REAL) >= 15
+    assert {"--nodes", "--gpus-per-node"} <= {word for words in REAL.values() for word in words}
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_recipe_fits_the_cluster_that_it_names(name: str) -> None:
-    plan = planned(*shlex.split(REAL[name].removeprefix("# zerofleet ")))
+    plan = planned("plan", *REAL[name])
     assert plan.recipe.name == name.rpartition("/")[2]
     assert plan.resources.device == "cuda"
+    if not TASKS[plan.recipe.task].generates:
+        assert "Memory is not counted for this task." in TEXTS[name]
+        return
     assert plan.ranks is not None
     assert plan.step is not None
     assert 0.2 < plan.step.mfu < 0.6
+    figures = re.findall(r"Planned: ([\d.]+) GiB and ([\d,]+) tokens/s a GPU", TEXTS[name])
+    for gib, tokens in figures:
+        assert float(gib) == pytest.approx(max(rank.device_bytes for rank in plan.ranks) / 2**30, abs=0.06)
+        assert float(tokens.replace(",", "")) == pytest.approx(plan.step.tokens_per_second_per_device, abs=0.6)
+
+
+def test_recipes_for_gpus_have_a_smoke_variant() -> None:
+    assert set(SMOKES) == {name for name in REAL if not name.startswith("parallel/")}
+    for name, overrides in SMOKES.items():
+        assert load_recipe(name, overrides).training.max_steps is not None
 
 
 @pytest.fixture
@@ -65,11 +80,10 @@ def test_recipes_of_fetched_weights_are_known() -> None:
     assert named == set(FETCHED)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.usefixtures("assets")
 def test_every_recipe_is_planned_and_has_the_parameters_that_transformers_counts(name: str) -> None:
-    line = RECIPES[name] if RECIPES[name].startswith("# zerofleet plan ") else f"# zerofleet plan {name}"
-    plan = planned(*shlex.split(line.removeprefix("# zerofleet ")))
+    plan = planned("plan", *PLANNED.get(name, [name]))
     if plan.transformers_config is None or not TASKS[plan.recipe.task].generates:
         assert plan.model is None
         assert any("not checked" in note or "memory is not counted" in note for note in plan.notes)

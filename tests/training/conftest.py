@@ -16,6 +16,7 @@ from launcher.recipe.loading import load_recipe
 from launcher.recipe.schema import Recipe
 from launcher.run_directory import RunDirectory
 from launcher.submit import write_run
+from tests.support.assets import make_rows
 from tests.support.equality import Equality
 from tests.support.forked import ForkServer
 from tests.support.ranks import Ranks
@@ -50,6 +51,14 @@ def eight_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks = Ranks(8, tmp_path_factory.mktemp("ranks"), measured=False)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which recipes look for rows that a script makes (`ZEROFLEET_ASSETS`)."""
+    folder = tmp_path_factory.mktemp("assets")
+    make_rows().write_rows(folder / "rows")
+    return folder
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from launcher.cli.main import app
 from launcher.errors import DataError, RecipeError
 from launcher.training.prompting import PromptSection, answer_scores, make_questions, read_prompts
 from tests.support.ranks import Ranks
@@ -91,7 +93,7 @@ def test_before_and_after_training_stand_side_by_side(tmp_path: Path, two_ranks:
     done = subprocess.run(
         [sys.executable, "-m", "launcher.cli.main", "evaluate", str(directory.path), "--prompts",
          str(tmp_path / "prompts.yaml"), "--json"],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -99,3 +101,7 @@ def test_before_and_after_training_stand_side_by_side(tmp_path: Path, two_ranks:
     assert set(found["before"]) == set(found["after"])
     assert {"loss", "accuracy", "f1_macro", "majority_accuracy"} <= set(found["after"])
     assert abs(found["before"]["loss"] - found["after"]["loss"]) > 1e-6
+    command = ["evaluate", str(directory.path), "--prompts", str(tmp_path / "prompts.yaml"), "--max-samples", "4"]
+    few = CliRunner().invoke(app, [*command, "--json"])
+    assert few.exit_code == 0, few.output
+    assert json.loads(few.stdout[few.stdout.index("{") :])["examples"] == 4

@@ -41,7 +41,7 @@ def test_a_pruned_export_has_its_zeros_and_says_what_they_cost(tmp_path: Path, t
     done = subprocess.run(
         [sys.executable, "-m", "launcher.cli.main", "export", str(directory.path), "--prune", "0.6", "--no-ema",
          "--max-samples", "100", "--json"],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     pruned = json.loads(done.stdout)["pruned"]

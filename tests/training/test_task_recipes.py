@@ -12,10 +12,11 @@ from launcher.data.store import PreparedData
 from launcher.planning.layout import Resources
 from launcher.planning.plan import make_plan
 from launcher.recipe.loading import load_recipe
-from launcher.run_directory import RunDirectory
+from launcher.run_directory import RunDirectory, read_json_lines
 from launcher.submit import write_run
 from launcher.tasks.masked_lm import NO_WORD
 from tests.support.ranks import Ranks
+from tests.support.recipes import SMOKES
 
 pytestmark = pytest.mark.matrix
 
@@ -57,6 +58,14 @@ def of_errors(margin: float) -> Callable[[dict[str, float], PreparedData], tuple
     return lambda metrics, prepared: (1 - metrics["eval_accuracy"], 1 - metrics["eval_majority_accuracy"] - margin)
 
 
+def of_metric(name: str, bound: float) -> Callable[[dict[str, float], PreparedData], tuple[float, float]]:
+    return lambda metrics, prepared: (1 - metrics[f"eval_{name}"], 1 - bound)
+
+
+def of_classes(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
+    return 1 - metrics["eval_f1_micro"], 1 - metrics["eval_majority_f1_micro"] - 0.02
+
+
 # Name; what must be below what; and overrides that keep the test short.
 REACHED = [
     ("finetune/text-classification", of_errors(0.1), ("training.max_steps=80",)),
@@ -66,12 +75,30 @@ REACHED = [
     ("finetune/preference", of_pairs, ("training.max_steps=50",)),
     ("finetune/sentence-embedding", of_ranks, ()),
     ("finetune/sequence-to-sequence", of_targets, ()),
+    ("finetune/question-answering", of_metric("exact_match", 0.3), ()),
+    ("finetune/multi-label", of_classes, ()),
+    ("finetune/regression", of_metric("r2", 0.1), ()),
+    ("finetune/sentence-pairs", of_errors(0.03), ()),
+    ("finetune/reward-model", of_pairs, ()),
+    ("finetune/token-classification", of_metric("entity_f1", 0.5), ("training.max_steps=60",)),
+    ("finetune/adversarial", of_errors(0.1), ()),
+    ("finetune/weight-average", of_errors(0.1), ()),
+    ("finetune/early-stopping", of_errors(0.1), ()),
+    ("finetune/prompt-evaluation", of_completions, ()),
+    ("finetune/chat", of_completions, ()),
+    ("finetune/image-folder", of_errors(0.5), ()),
+    ("pretrain/vision-transformer", of_errors(0.5), ()),
+    ("pretrain/replay", of_targets, ()),
+    ("pretrain/long-context", of_targets, ()),
 ]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("name", "measured", "overrides"), REACHED, ids=[case[0] for case in REACHED])
-def test_a_shipped_recipe_beats_its_baseline(tmp_path: Path, two_ranks: Ranks, name, measured, overrides) -> None:
+def test_a_shipped_recipe_beats_its_baseline(
+    tmp_path: Path, two_ranks: Ranks, assets: Path, monkeypatch: pytest.MonkeyPatch, name, measured, overrides
+) -> None:
+    monkeypatch.setenv("ZEROFLEET_ASSETS", str(assets))
     recipe = load_recipe(name, (*overrides, f"data.cache_directory={tmp_path}/cache", "export.at_end=false"))
     prepared = prepare(recipe, progress=False)
     plan = make_plan(recipe, Resources(nodes=1, workers_per_node=2))
@@ -81,3 +108,31 @@ def test_a_shipped_recipe_beats_its_baseline(tmp_path: Path, two_ranks: Ranks, n
     value, baseline = measured(results[0]["metrics"], prepared)
     print(f"{name}: {value:.3f}, baseline {baseline:.3f}, {results[0]['metrics']}")
     assert value < baseline
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SMOKES)
+def test_the_smoke_variant_of_a_recipe_for_gpus_learns(
+    tmp_path: Path, two_ranks: Ranks, assets: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("ZEROFLEET_ASSETS", str(assets))
+    short = (
+        "training.max_steps=24",
+        "evaluation.eval_steps=24",
+        "evaluation.max_eval_samples=16",
+        "logging.logging_steps=4",
+    )
+    more = (
+        f"data.cache_directory={tmp_path}/cache",
+        "export.at_end=false",
+        "checkpoint.keep_best=0",
+        "keep_every=null",
+    )
+    recipe = load_recipe(name, (*SMOKES[name], *short, *more))
+    prepared = prepare(recipe, progress=False)
+    directory = RunDirectory.at(tmp_path / "run")
+    write_run(directory, make_plan(recipe, Resources(nodes=1, workers_per_node=2)))
+    results = two_ranks.call("cases:run", run_directory=str(directory.path), data=str(prepared.directory))
+    assert results[0]["status"] == "complete"
+    losses = [record["loss"] for record in read_json_lines(directory.metrics) if "loss" in record]
+    assert np.mean(losses[-2:]) < losses[0]
