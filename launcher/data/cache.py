@@ -65,14 +65,14 @@ def building(cache: Path, name: str, is_complete: Callable[[Path], bool]) -> Ite
     try:
         yield folder
         for path in folder.rglob("*"):
-            _sync(path)
-        _sync(folder)
+            sync(path)
+        sync(folder)
         if final.exists():
             if is_complete(final):
                 return  # somebody else was faster, where locks do not work
             shutil.rmtree(final)
         folder.rename(final)
-        _sync(cache)
+        sync(cache)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -107,7 +107,8 @@ def _idle_seconds(folder: Path) -> float:
     return time.time() - newest if newest else 0.0
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

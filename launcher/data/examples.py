@@ -5,6 +5,7 @@ where all have one shape; ragged fields have `NAME.offsets.npy` [examples + 1] b
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,38 @@ class ExamplesDataset(Sequence[Example]):
             part = values[index] if offsets is None else values[offsets[index] : offsets[index + 1]]
             example[name] = np.array(part)
         return example
+
+
+PARTS = "part_*"
+"""Folders of a data set that was made in parts, in order."""
+
+
+class AnnotatedDataset(Sequence[Example]):
+    """Samples with further fields, which were made in parts; pickles as its paths.
+
+    Args:
+        dataset: the samples.
+        folder: holds `part_00000`, ...: examples with the further fields, as many as there are samples.
+    """
+
+    def __init__(self, dataset: Sequence[Any], folder: Path) -> None:
+        self.dataset = dataset
+        self.folder = folder
+        self._parts = [ExamplesDataset(part) for part in sorted(folder.glob(PARTS))]
+        self._ends = list(np.cumsum([len(part) for part in self._parts]))
+
+    def __reduce__(self) -> tuple[type["AnnotatedDataset"], tuple[Sequence[Any], Path]]:
+        return type(self), (self.dataset, self.folder)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return sample `index` with its further fields."""
+        index = range(len(self))[index]
+        part = bisect_right(self._ends, index)
+        first = self._ends[part] - len(self._parts[part])
+        return {**self.dataset[index], **self._parts[part][int(index - first)]}
 
 
 def _map(path: Path) -> NDArray[Any]:

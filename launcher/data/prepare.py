@@ -14,6 +14,7 @@ from xxhash import xxh3_128_hexdigest
 
 from cluster.errors import Problem
 from launcher.data.cache import building, cache_directory, only_one
+from launcher.data.derived import derive
 from launcher.data.encoding import DocumentEncoder, EncodedDocuments, map_in_order
 from launcher.data.packing import Rows, make_packer
 from launcher.data.prepare_examples import prepare_examples
@@ -40,7 +41,7 @@ from launcher.data.store import (
 )
 from launcher.data.tokenizer import TokenizerFacts, load_tokenizer, tokenizer_identity, train_tokenizer
 from launcher.errors import DataError, SourceError
-from launcher.recipe.schema import Recipe, reads_packed_text
+from launcher.recipe.schema import Recipe, derives_data, reads_packed_text
 from launcher.recipe.tasks import TASKS
 
 FORMAT = 1
@@ -50,7 +51,8 @@ FORMAT = 1
 def prepare(recipe: Recipe, *, progress: bool = True) -> PreparedData:
     """Bring the recipe's data into the form that its task reads, in the cache, unless it is there already.
 
-    Text is tokenised and packed here; other tasks' rows become examples (`prepare_examples`).
+    Text is tokenised and packed here; other tasks' rows become examples (`prepare_examples`). What a model is asked for
+    ahead of training (a teacher's logits, a reference's log-probabilities) is added to them (`derive`).
 
     Files are read once to hash them; later calls trust their size and time. Safe to call from several processes at
     once, and to kill at any moment.
@@ -67,10 +69,18 @@ def prepare(recipe: Recipe, *, progress: bool = True) -> PreparedData:
         StorageError: the cache cannot be written, or the disk is full.
     """
     _check_weights(recipe)
-    if not reads_packed_text(recipe):
-        return prepare_examples(recipe, TASKS[recipe.task].load().encoder(recipe), progress=progress)
-    cache = cache_directory(recipe)
     reporter = ProgressReporter(progress)
+    if reads_packed_text(recipe):
+        prepared = _prepare_rows(recipe, reporter)
+    else:
+        prepared = prepare_examples(recipe, TASKS[recipe.task].load().encoder(recipe), progress=progress)
+    for derivation in TASKS[recipe.task].load().derivations(recipe, prepared) if derives_data(recipe) else ():
+        prepared = derive(recipe, prepared, derivation, reporter)
+    return prepared
+
+
+def _prepare_rows(recipe: Recipe, reporter: ProgressReporter) -> PreparedData:
+    cache = cache_directory(recipe)
     located = locate_sources(recipe, cache)
     name = fingerprint(recipe, located)
     directory = cache / name

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +18,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from launcher.data.examples import FIELDS, ExamplesDataset
+from launcher.data.examples import FIELDS, AnnotatedDataset, ExamplesDataset
 from launcher.data.packing import Rows
 from launcher.data.sampler import evaluation_rows
 from launcher.errors import DataError
 
+BASE = "base"
+"""Setting of a folder that adds to another one: that one's name, in the same cache."""
+IMPORTANCE = "importance.safetensors"
 MARKER = "prepared.json"
 TOKENIZER = "tokenizer"
 UNIGRAM_COUNTS = "unigram_counts.npy"
@@ -197,10 +201,31 @@ class PreparedData:
                 f"there is no prepared data in {directory} ({error}); run `zerofleet prepare` again"
             ) from error
 
+    @cached_property
+    def base(self) -> "PreparedData | None":
+        """The data that this folder adds something to; `None` for data that stands by itself.
+
+        Raises:
+            DataError: it is not there any more.
+        """
+        name = self.settings.get(BASE)
+        return None if name is None else PreparedData.load(self.directory.parent / name)
+
+    @property
+    def rows_directory(self) -> Path:
+        """The folder that holds samples and tokenizer."""
+        return self.directory if self.base is None else self.base.rows_directory
+
     @property
     def tokenizer_directory(self) -> Path:
         """Folder of the tokenizer, for `AutoTokenizer.from_pretrained`."""
-        return self.directory / TOKENIZER
+        return self.rows_directory / TOKENIZER
+
+    @property
+    def importance(self) -> Path | None:
+        """How much each weight matters to an earlier task (`optimizer.ewc`), a tensor a parameter; `None` without."""
+        own = self.directory / IMPORTANCE
+        return own if own.exists() else None if self.base is None else self.base.importance
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -219,6 +244,9 @@ class PreparedData:
         Packed rows (`PackedDataset`) or labelled examples (`ExamplesDataset`).
         """
         folders = sorted((self.directory / name).glob("source_*"))
+        if self.base is not None:
+            datasets = self.base.split(name)
+            return [AnnotatedDataset(*pair) for pair in zip(datasets, folders, strict=True)] if folders else datasets
         if self.holds_examples:
             return [ExamplesDataset(folder) for folder in folders if (folder / FIELDS).exists()]
         return [PackedDataset(folder, self.settings["cross_document_attention"]) for folder in folders]
@@ -238,7 +266,7 @@ def unigram_loss(prepared: PreparedData, max_samples: int | None) -> float:
     Raises:
         DataError: there are no validation targets.
     """
-    counts = np.load(prepared.directory / UNIGRAM_COUNTS).astype(np.float64) + 1
+    counts = np.load(prepared.rows_directory / UNIGRAM_COUNTS).astype(np.float64) + 1
     nats = np.log(counts.sum()) - np.log(counts)
     datasets = prepared.split("validation")
     total, targets = 0.0, 0

@@ -12,6 +12,11 @@ from launcher.errors import ModelError
 from launcher.planning.plan import Plan
 from launcher.recipe.task_sections import AdapterSection
 
+DECISIVE = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "num_virtual_tokens")
+"""Settings of an adapter in peft on which it depends what its weights mean."""
+UNKNOWN_STEPS = 1_000_000
+"""Of a run whose length is not known yet; peft wants a number."""
+
 
 def choose_trained(model: Any, plan: Plan, adapter_task: str | None) -> Any:
     """Freeze what the recipe freezes, and add its adapter.
@@ -72,7 +77,34 @@ def add_adapter(model: Any, section: AdapterSection, adapter_task: str | None, s
         raise ModelError(f"peft cannot put {section.method} on this model: {type(error).__name__}: {error}") from error
     finally:
         torch.random.set_rng_state(state)
+    if section.adapter_name_or_path is not None:
+        _begin_with(adapted, section.adapter_name_or_path)
     return adapted
+
+
+def _begin_with(adapted: Any, name: str) -> None:
+    """Give a new adapter the weights of another one.
+
+    Raises:
+        ModelError: it cannot be loaded, or is of another method, shape or scale.
+    """
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+
+    where = f"adapter.adapter_name_or_path: the adapter {name}"
+    try:
+        theirs, weights = PeftConfig.from_pretrained(name), load_peft_weights(name, device="cpu")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{where} cannot be loaded: {error}") from error
+    own = adapted.peft_config["default"]
+    pairs = {field: (getattr(theirs, field, None), getattr(own, field, None)) for field in DECISIVE}
+    differing = [f"{field} {there!r} there, {here!r} here" for field, (there, here) in pairs.items() if there != here]
+    if differing:
+        raise ModelError(f"{where} is another one: {'; '.join(differing)}")
+    unknown = set_peft_model_state_dict(adapted, weights).unexpected_keys
+    if unknown or len(weights) != sum(parameter.requires_grad for parameter in adapted.parameters()):
+        raise ModelError(
+            f"{where} has not the weights of this model's; beyond them: {', '.join(unknown[:3]) or 'none'}"
+        )
 
 
 def _peft_config(section: AdapterSection, adapter_task: str | None) -> Any:
@@ -84,6 +116,17 @@ def _peft_config(section: AdapterSection, adapter_task: str | None) -> Any:
         "modules_to_save": list(section.modules_to_save) or None,
     }
     prompt: dict[str, Any] = {"task_type": adapter_task, "num_virtual_tokens": section.num_virtual_tokens}
+    if section.method == "adalora":
+        # The training loop sets the schedule, when it knows how many steps there are.
+        return peft.AdaLoraConfig(
+            **targets,
+            target_r=section.r,
+            init_r=section.initial_rank,
+            lora_alpha=section.lora_alpha,
+            lora_dropout=section.lora_dropout,
+            orth_reg_weight=section.adalora.orthogonality,
+            total_step=UNKNOWN_STEPS,
+        )
     if section.method == "ia3":
         return peft.IA3Config(**targets)
     if section.method == "prefix_tuning":

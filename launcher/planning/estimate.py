@@ -178,7 +178,8 @@ def _reference_bytes(parts: Parts, config: Mapping[str, Any], recipe: Recipe) ->
 def rank_states(recipe: Recipe, layout: Layout, deepspeed: DeepSpeedPlan) -> StateSettings:
     """Settings of the model states: ZeRO divides them among data- and sequence-parallel ranks alike."""
     replicas = layout.data_parallel_size * layout.sequence_parallel_size
-    copies = (recipe.training.ema is not None) + (recipe.optimizer.decay_to_start > 0)
+    importance = recipe.optimizer.ewc is not None
+    copies = (recipe.training.ema is not None) + (recipe.optimizer.decay_to_start > 0 or importance) + importance
     return state_settings(deepspeed, recipe.training.precision, replicas, copies=copies)
 
 

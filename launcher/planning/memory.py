@@ -63,7 +63,8 @@ class StateSettings:
     Attributes:
         persistence_threshold: stage 3 keeps parameters of at most so many elements whole on every rank ...
         model_persistence_threshold: ... as long as they are not more than this together.
-        copies: so many further fp32 copies of the weights are kept (`training.ema`, `optimizer.decay_to_start`).
+        copies: so many further fp32 copies of the weights are kept (`training.ema`, `optimizer.decay_to_start` or
+            `.ewc`).
     """
 
     zero_stage: int

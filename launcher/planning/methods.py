@@ -32,7 +32,11 @@ def method_problems(
     """
     chosen = ["training.ema"] if recipe.training.ema is not None else []
     chosen += ["optimizer.decay_to_start"] if recipe.optimizer.decay_to_start else []
+    chosen += ["optimizer.ewc"] if recipe.optimizer.ewc is not None else []
     problems = []
+    if recipe.adapter is not None and recipe.adapter.method == "adalora":
+        chosen.append("adapter.method")
+        problems += _adalora_problems(recipe, zero_stage, deepspeed_config)
     for where in chosen:
         if layout.model_parallel_size > 1 or layout.expert_parallel_size > 1:
             problems.append(Problem("is for data parallel runs, with any ZeRO stage: leave parallel out", where))
@@ -52,6 +56,25 @@ def method_problems(
                 value = value.get(key, usual[0]) if isinstance(value, Mapping) else usual[0]
             if value not in usual:
                 problems.append(Problem(f"is not proved with DeepSpeed's {path} = {value!r}: leave that out", where))
+    return problems
+
+
+def _adalora_problems(recipe: Recipe, zero_stage: int, deepspeed_config: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    if zero_stage == 3:
+        message = (
+            "adalora takes ranks away, which cannot be done to weights that ZeRO 3 has partitioned; set zero.stage "
+        )
+        problems.append(Problem(f"{message}to 2, or the method to lora", "adapter.method"))
+    if "offload_optimizer" in deepspeed_config.get("zero_optimization", {}):
+        message = "adalora is not proved with an optimizer on the host; leave zero.offload_optimizer out"
+        problems.append(Problem(message, "adapter.method"))
+    if recipe.training.max_steps is not None:
+        section = recipe.adapter.adalora if recipe.adapter is not None else None
+        first, last = (section.initial_steps or 0, section.final_steps or 0) if section is not None else (0, 0)
+        if first + last >= recipe.training.max_steps:
+            message = f"initial_steps {first} and final_steps {last} leave none of {recipe.training.max_steps} steps"
+            problems.append(Problem(f"{message} between them in which ranks are taken away", "adapter.adalora"))
     return problems
 
 

@@ -58,7 +58,10 @@ def parts_of(recipe: Recipe, config: Mapping[str, Any]) -> Parts:
         parameters = list(_adapted(parameters, recipe.adapter, config["model_type"]))
     elif recipe.model.freeze:
         frozen = frozenset(tensor.name for tensor in parameters if _is_frozen(tensor.name, recipe))
-    compares = recipe.task == "kto" or (recipe.task == "preference" and recipe.preference.method in ("dpo", "ipo"))
+    preference, kto = recipe.preference, recipe.kto
+    compares = (recipe.task == "kto" and not kto.precompute_reference) or (
+        recipe.task == "preference" and preference.has_reference and not preference.precompute_reference
+    )
     return Parts(
         tuple(parameters),
         frozen,

@@ -12,7 +12,7 @@ def uncounted_task_reason(recipe: Recipe, model_type: str | None = None) -> str 
     if recipe.adapter is not None and (reason := uncounted_adapter_reason(recipe.adapter, model_type)):
         return reason
     if recipe.distillation is not None:
-        return "the teacher is held besides"
+        return "the teacher, or what it said, is held besides"
     if recipe.training.adversarial is not None:
         return "adversarial training runs the model more than once a step"
     return None

@@ -120,6 +120,24 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
             else recipe.distillation.model_copy(
                 update={"teacher_name_or_path": _name_or_path(recipe.distillation.teacher_name_or_path, folder)}
             ),
+            "adapter": None
+            if recipe.adapter is None
+            else recipe.adapter.model_copy(
+                update={"adapter_name_or_path": _name_or_path(recipe.adapter.adapter_name_or_path, folder)}
+            ),
+            "optimizer": recipe.optimizer
+            if recipe.optimizer.ewc is None
+            else recipe.optimizer.model_copy(
+                update={
+                    "ewc": recipe.optimizer.ewc.model_copy(
+                        update={
+                            "sources": tuple(
+                                _absolute_source(source, folder) for source in recipe.optimizer.ewc.sources
+                            )
+                        }
+                    )
+                }
+            ),
             "deepspeed": deepspeed.model_copy(update={"config": deepspeed_config}),
         }
     )

@@ -114,12 +114,30 @@ class Recipe(Section):
         if (self.model.freeze or self.model.unfreeze) and spread:
             raise ValueError("model.freeze is for data parallel runs, with any ZeRO stage: leave parallel out")
         if self.distillation is not None:
-            if self.task not in ("causal_lm", "sequence_classification"):
-                raise ValueError(f"distillation is for causal_lm and sequence_classification, not for {self.task}")
+            taught = ("causal_lm", "sequence_classification", "image_classification")
+            if self.task not in taught:
+                raise ValueError(f"distillation is for {', '.join(taught[:-1])} and {taught[-1]}, not for {self.task}")
+            if self.task == "image_classification" and (
+                self.distillation.precompute or self.distillation.compares_layers
+            ):
+                raise ValueError(
+                    "distillation.precompute, hidden_weight and attention_weight are for texts: pictures are changed "
+                    "while training, and layers of pictures have forms of their own"
+                )
             if self.task != "causal_lm" and self.classification.problem_type != "single_label":
                 raise ValueError("distillation needs classes that exclude one another: problem_type single_label")
             if spread:
                 raise ValueError("distillation is data parallel, with any ZeRO stage: leave parallel out")
+            if self.distillation.compares_layers and self.adapter is not None:
+                raise ValueError(
+                    "distillation.hidden_weight and attention_weight are for a student that is trained whole: leave "
+                    "adapter out"
+                )
+            if self.distillation.attention_weight and self.model.attn_implementation != "eager":
+                raise ValueError(
+                    "distillation.attention_weight: only eager attention tells its probabilities: set "
+                    "model.attn_implementation to eager"
+                )
         if self.adapter is not None:
             if self.task == "image_text_contrastive":
                 raise ValueError("no test of ours has trained an adapter of image_text_contrastive: leave adapter out")
@@ -140,6 +158,13 @@ class Recipe(Section):
                     f"no test of ours has let a model write behind what {self.adapter.method} learns: leave "
                     "seq2seq.metrics out"
                 )
+        if self.optimizer.ewc is not None and (self.adapter is not None or self.model.model_name_or_path is None):
+            raise ValueError(
+                "optimizer.ewc is for a pretrained model that is trained whole: set model.model_name_or_path, and "
+                "leave adapter out"
+            )
+        if self.optimizer.ewc is not None and self.tokenizer.train is not None:
+            raise ValueError("optimizer.ewc: an earlier task's tokens are those of a tokenizer that is there already")
         if TASKS[self.task].tokens and self.data.sequence_length < 2:
             raise ValueError(f"task {self.task} reads text: set data.sequence_length to 2 or more")
         return self
@@ -152,6 +177,16 @@ class Recipe(Section):
         if loaded is None and self.tokenizer.train is None:
             raise ValueError("a model from config needs tokenizer.tokenizer_name_or_path or tokenizer.train")
         return self
+
+
+def derives_data(recipe: Recipe) -> bool:
+    """Whether `prepare` asks a model for something, which is kept with the data."""
+    return (
+        (recipe.distillation is not None and recipe.distillation.precompute)
+        or (recipe.task == "preference" and recipe.preference.precompute_reference)
+        or (recipe.task == "kto" and recipe.kto.precompute_reference)
+        or recipe.optimizer.ewc is not None
+    )
 
 
 def reads_packed_text(recipe: Recipe) -> bool:

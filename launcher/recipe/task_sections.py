@@ -1,8 +1,8 @@
 """Settings of single kinds of training."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from launcher.recipe.section import Section
 
@@ -75,14 +75,47 @@ class AudioSection(Section):
     """Scale each wave to mean 0 and variance 1; default: as the pretrained model's, or yes."""
 
 
+class AdaLoraSection(Section):
+    """Of AdaLoRA (Zhang et al., arXiv 2303.10512): how the ranks come down to `adapter.r` on average."""
+
+    init_r: int | None = Field(default=None, ge=2)
+    """Rank of each matrix at first; default: one and a half times adapter.r."""
+    initial_steps: int | None = Field(default=None, ge=0)
+    """Steps before any rank is taken away; default: a tenth of all steps."""
+    final_steps: int | None = Field(default=None, ge=0)
+    """Steps at the end in which the ranks stay as they are; default: three tenths of all steps."""
+    interval: int = Field(default=1, ge=1)
+    """Steps between two decisions which ranks are left."""
+    orthogonality: float = Field(default=0.5, ge=0)
+    """Weight of the loss that keeps each matrix's directions orthogonal; added to the training loss."""
+
+
+def _refused_adapter(value: Any) -> Any:
+    if value == "qlora":
+        raise ValueError(
+            "qlora is not trained by a test of ours: it needs the package bitsandbytes, whose 4-bit matrices take a "
+            "GPU and which ZeRO 3 cannot partition; set it to lora, with training.precision bf16"
+        )
+    if value in ("bottleneck", "houlsby", "pfeiffer"):
+        raise ValueError(f"peft has no {value} adapter; set it to lora, or another method of peft's")
+    return value
+
+
+AdapterMethod = Literal["lora", "rslora", "dora", "adalora", "ia3", "prefix_tuning", "prompt_tuning", "p_tuning"]
+
+
 class AdapterSection(Section):
     """Train a few added weights and leave the model's own as they are (`peft`)."""
 
-    method: Literal["lora", "rslora", "dora", "ia3", "prefix_tuning", "prompt_tuning", "p_tuning"]
-    """LoRA (arXiv 2106.09685), rank-stabilised LoRA (2312.03732), DoRA (2402.09353), IA3 (2205.05638), prefix tuning
-    (2101.00190), prompt tuning (2104.08691), P-tuning (2103.10385)."""
+    method: Annotated[AdapterMethod, BeforeValidator(_refused_adapter)]
+    """LoRA (arXiv 2106.09685), rank-stabilised LoRA (2312.03732), DoRA (2402.09353), AdaLoRA (2303.10512), IA3
+    (2205.05638), prefix tuning (2101.00190), prompt tuning (2104.08691), P-tuning (2103.10385)."""
+    adapter_name_or_path: str | None = None
+    """Begin with the weights of this adapter, a folder of peft's or a hub name: of the same method, shape and scale.
+    For an adapter on top of another one, merge that: its run's export is the whole model."""
     r: int = Field(default=8, ge=1)
-    """Rank, of the LoRA methods."""
+    """Rank, of the LoRA methods; of AdaLoRA, the mean over all matrices in the end."""
+    adalora: AdaLoraSection = AdaLoraSection()
     lora_alpha: float = Field(default=16, gt=0)
     """Scale: updates are multiplied by lora_alpha / r (rsLoRA: by lora_alpha / sqrt(r))."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -95,6 +128,11 @@ class AdapterSection(Section):
     """Length of the learnt prefix or prompt."""
 
     @property
+    def initial_rank(self) -> int:
+        """Rank that AdaLoRA begins with."""
+        return self.adalora.init_r or max(self.r + 1, self.r * 3 // 2)
+
+    @property
     def is_prompt(self) -> bool:
         """Whether it puts something before the text, so that it cannot be merged into the model."""
         return self.method in ("prefix_tuning", "prompt_tuning", "p_tuning")
@@ -103,6 +141,10 @@ class AdapterSection(Section):
     def _fits(self) -> "AdapterSection":
         if self.is_prompt and self.target_modules:
             raise ValueError(f"{self.method} changes no module: leave target_modules out")
+        if self.adapter_name_or_path is not None and (self.is_prompt or self.method == "adalora"):
+            raise ValueError(f"{self.method} always begins anew: leave adapter_name_or_path out")
+        if self.method == "adalora" and self.initial_rank <= self.r:
+            raise ValueError(f"adalora.init_r is {self.initial_rank}, and must be more than r, which is {self.r}")
         return self
 
 
@@ -152,18 +194,64 @@ class PreferenceSection(Section):
     """Strength: of staying near the reference (DPO, IPO), of the odds ratio (ORPO), of the difference (SimPO)."""
     gamma: float = Field(default=0.5, ge=0)
     """Margin that SimPO asks for."""
+    precompute_reference: bool = False
+    """Let `prepare` compute once, in fp32, what the reference model of DPO or IPO says of each answer, and keep it with
+    the data: no worker holds the reference, or runs it, while training."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the method compares with the model as it was."""
+        return self.method in ("dpo", "ipo")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PreferenceSection":
+        if self.precompute_reference and not self.has_reference:
+            raise ValueError(f"{self.method} compares with no reference: leave precompute_reference out")
+        return self
 
 
 class DistillationSection(Section):
-    """Learn from a teacher besides the true targets (`causal_lm` and `sequence_classification`)."""
+    """Learn from a teacher too: `causal_lm`, `sequence_classification` and `image_classification`."""
 
     teacher_name_or_path: str
-    """Folder or hub name of the teacher: a model of the same kind with the same tokens, or the same classes. Every
-    worker holds it whole."""
+    """Folder or hub name of the teacher: a model of the same kind with the same tokens, or the same classes."""
     temperature: float = Field(default=2.0, gt=0)
     """Both models' logits are divided by it."""
     weight: float = Field(default=0.5, ge=0, le=1)
     """Share of the teacher in the loss; the rest is that of the true targets."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format in which the teacher computes; the losses are in fp32."""
+    zero_stage: Literal[0, 3] = 0
+    """0: every worker holds the teacher whole; 3: the workers hold parts of it, as under ZeRO 3."""
+    precompute: bool = False
+    """Let `prepare` ask the teacher once, and keep its answers with the data: training needs no teacher."""
+    top_k: int = Field(default=64, ge=1)
+    """Of a language model's tokens, so many of the most probable are kept by precompute at each position, and the
+    probability of all others together. 8 to 10 bytes each in the cache."""
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared difference between both models' hidden states, layer by layer; where their widths
+    differ, of a learnt projection of the student's."""
+    attention_weight: float = Field(default=0.0, ge=0)
+    """Weight of the squared difference between both models' attention; needs model.attn_implementation eager. Where the
+    numbers of heads differ, their means are compared."""
+    layers: tuple[int, ...] = ()
+    """From which of the teacher's layers each of the student's learns, from 1; 0: from none. Default: evenly spread,
+    the last from the last."""
+
+    @property
+    def compares_layers(self) -> bool:
+        """Whether the student learns from more than the teacher's outputs."""
+        return self.hidden_weight > 0 or self.attention_weight > 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DistillationSection":
+        if self.precompute and self.compares_layers:
+            raise ValueError("hidden_weight and attention_weight need the teacher while training: leave precompute out")
+        if self.precompute and self.zero_stage:
+            raise ValueError("precompute asks a teacher that is whole in one process: set zero_stage to 0")
+        if self.layers and not self.compares_layers:
+            raise ValueError("layers is for hidden_weight and attention_weight: set one of them")
+        return self
 
 
 class KtoSection(Section):
@@ -175,6 +263,9 @@ class KtoSection(Section):
     """Weight of a good answer's loss."""
     undesirable_weight: float = Field(default=1.0, ge=0)
     """Weight of a bad one's. Between the sums of both kinds' weights 1:1 to 4:3 is advised."""
+    precompute_reference: bool = False
+    """Let `prepare` compute once, in fp32, what the reference says, and keep it with the data. Each prompt then has the
+    answer of the sample before it in the data, not of the one before it in its micro batch."""
 
 
 class EmbeddingSection(Section):

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from launcher.recipe.data_sections import Source
 from launcher.recipe.section import Section
 
 
@@ -99,6 +100,19 @@ class TrainingSection(Section):
         return self
 
 
+class EwcSection(Section):
+    """Elastic weight consolidation (Kirkpatrick et al., arXiv 1612.00796): keep what an earlier task needs."""
+
+    strength: float = Field(gt=0)
+    """Before each step, weights -= learning rate x strength x Fisher x (weights - start), decoupled from the gradient
+    as weight_decay is, and by at most the whole way to the start."""
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """Data of the earlier task, in the form that this task reads."""
+    samples: int = Field(default=256, ge=1)
+    """At most so many of its samples, evenly spread, tell the diagonal of the Fisher information: the mean over them of
+    the squared gradient of each one's summed loss, at the start, in fp32. `prepare` computes it once."""
+
+
 class OptimizerSection(Section):
     """The optimizer and its constants; the learning rate and its schedule stand under `training`."""
 
@@ -121,6 +135,8 @@ class OptimizerSection(Section):
     decay_to_start: float = Field(default=0.0, ge=0)
     """Decay of the weights towards those that training began with (L2-SP, Li et al., arXiv 1802.01483), decoupled from
     the gradient as weight_decay is; for all that is trained."""
+    ewc: EwcSection | None = None
+    """Keep what was learnt from earlier data; for a pretrained model that is trained whole."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment; of `lion`, of the mixture whose sign is taken."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)

@@ -8,11 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from launcher.data.derived import Derivation
 from launcher.data.examples import ExampleEncoder
+from launcher.data.store import PreparedData
 from launcher.models.adapters import choose_trained
 from launcher.models.build import build_config, build_model
 from launcher.planning.plan import Plan
 from launcher.recipe.schema import Recipe
+from launcher.tasks.importance import Importance
 
 Batch = dict[str, Tensor]
 Sample = Mapping[str, Any]
@@ -83,6 +86,12 @@ class Task(Protocol):
     def encoder(cls, recipe: Recipe) -> ExampleEncoder | None:
         """Make what turns rows of the sources into examples; `None` for rows of packed text."""
         return None
+
+    @classmethod
+    def derivations(cls, recipe: Recipe, prepared: PreparedData) -> list[Derivation]:
+        """What `prepare` computes with a model and keeps with the data, in order; each adds to the data before it."""
+        ewc = recipe.optimizer.ewc
+        return [] if ewc is None else [Importance(cls, recipe, ewc, prepared)]
 
     def config(self) -> Any:
         """Return the transformers config of the model, what the data says filled in."""

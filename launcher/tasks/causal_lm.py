@@ -8,16 +8,21 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from launcher.data.derived import Annotations, Derivation
 from launcher.data.examples import ExampleEncoder
+from launcher.data.store import PreparedData
 from launcher.models.experts import balance_weight
 from launcher.models.parallel import cross_entropy_sum
 from launcher.models.tiling import tiled_loss_sum
+from launcher.planning.alone import plan_alone
 from launcher.planning.plan import Plan
 from launcher.recipe.schema import Recipe, reads_packed_text
+from launcher.tasks.asking import samples_at_once
 from launcher.tasks.base import Batch, LossOutput, Sample, Task
 from launcher.tasks.conversations import ConversationEncoder
-from launcher.tasks.distillation import Teacher, distilled, soft_loss
+from launcher.tasks.distillation import Distillation, with_projections
 from launcher.tasks.padding import pad
+from launcher.tasks.soft_targets import FILLED, TokenTargets, collate_known
 
 IGNORED = -100
 """Label of a position that is no target, as in transformers."""
@@ -36,7 +41,8 @@ class CausalLanguageModelling(Task):
 
     def __init__(self, plan: Plan, facts: Mapping[str, Any]) -> None:
         super().__init__(plan, facts)
-        self._teacher: Teacher | None = None
+        section = plan.recipe.distillation
+        self.distillation = None if section is None else Distillation(plan, section, self.auto_class)
 
     @classmethod
     def encoder(cls, recipe: Recipe) -> ExampleEncoder | None:
@@ -49,7 +55,20 @@ class CausalLanguageModelling(Task):
             from launcher.models.pipeline import Pipeline
 
             return Pipeline(self.plan, AutoModelForCausalLM)
-        return super().build_model()
+        model: torch.nn.Module = with_projections(super().build_model(), self.plan)
+        return model
+
+    @classmethod
+    def derivations(cls, recipe: Recipe, prepared: PreparedData) -> list[Derivation]:
+        """What the teacher says of each position, where it is to be asked once."""
+        found = super().derivations(recipe, prepared)
+        section = recipe.distillation
+        if section is not None and section.precompute:
+            task = cls(plan_alone(recipe, samples_at_once(recipe)), prepared.facts)
+            tokens = task.config().get_text_config().vocab_size
+            arguments = (recipe, section, prepared, cls.auto_class, task.collate)
+            found.append(Annotations(TokenTargets(*arguments, tokens=tokens)))
+        return found
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples to `input_ids`, `labels`, `position_ids`, int64 of shape [samples, length] each.
@@ -69,7 +88,7 @@ class CausalLanguageModelling(Task):
         batch["labels"] = torch.cat(
             [batch["labels"][:, 1:], batch["labels"].new_full((len(samples), 1), IGNORED)], dim=1
         )
-        return batch
+        return {**batch, **collate_known(samples, batch["labels"].shape[1])}
 
     def num_targets(self, batch: Batch) -> int:
         """Count the positions that have a next token to predict."""
@@ -91,16 +110,17 @@ class CausalLanguageModelling(Task):
         labels, tiles = batch["labels"], self.plan.recipe.training.loss_tiles
         if tiles > 1:
             return LossOutput(tiled_loss_sum(model, inputs, labels, tiles, IGNORED), (labels != IGNORED).sum())
-        output = model(**inputs, **({"output_router_logits": True} if balances else {}))
-        num_targets = (labels != IGNORED).sum()
+        teaching = self.distillation if model.training else None
+        more = {"output_router_logits": True} if balances else {}
+        output = model(**inputs, **more, **({} if teaching is None else teaching.wanted))
+        counted = labels != IGNORED
+        num_targets = counted.sum()
         logits = output.logits[:, -labels.shape[1] :]  # a learnt prompt has positions of its own before the text's
         loss_sum = cross_entropy_sum(model, logits, labels, IGNORED)
-        section = self.plan.recipe.distillation
-        if section is not None and model.training:
-            if self._teacher is None:
-                self._teacher = Teacher(section, self.auto_class, logits.shape[-1])
-            theirs = self._teacher.logits(labels.device, **inputs)
-            loss_sum = distilled(loss_sum, soft_loss(logits, theirs, labels != IGNORED, section.temperature), section)
+        if teaching is not None:
+            known = {name: batch[name] for name in FILLED if name in batch}
+            output.logits = logits
+            loss_sum = teaching.loss(loss_sum, output, inputs, counted, counted.float(), known)
         if balances:
             loss_sum = loss_sum + self.balance * num_targets * output.aux_loss
         return LossOutput(loss_sum, num_targets)

@@ -28,6 +28,7 @@ from launcher.tasks.classification import (
     is_counted,
     shown_answers,
 )
+from launcher.tasks.distillation import Distillation
 from launcher.tasks.sequence_classification import with_labels
 
 DEFAULT_SIZE = 224
@@ -174,6 +175,8 @@ class ImageClassification(Task):
         self.image = plan.recipe.image
         self.weights = class_weights(self.section, facts)
         self.form = image_form(plan.recipe)
+        section, labels = plan.recipe.distillation, tuple(facts.get("labels", ()))
+        self.distillation = None if section is None else Distillation(plan, section, self.auto_class, labels)
 
     @classmethod
     def encoder(cls, recipe: Recipe) -> ImageClassificationEncoder:
@@ -197,13 +200,21 @@ class ImageClassification(Task):
         labels = batch["labels"]
         pixels = model_pixels(batch["pixels"], self.form, self.image, train=model.training)
         pixels = pixels.to(next(model.parameters()).dtype)
-        if not (model.training and (self.image.mixup_alpha or self.image.cutmix_alpha)):
-            return classification_loss(model(pixel_values=pixels).logits, labels, self.section, self.weights)
-        pixels, partner, share = mix(pixels, self.image)
-        logits = model(pixel_values=pixels).logits
-        own = classification_loss(logits, labels, self.section, self.weights)
-        other = classification_loss(logits, labels[partner], self.section, self.weights)
-        return LossOutput(share * own.loss_sum + (1 - share) * other.loss_sum, own.num_targets)
+        mixes = model.training and bool(self.image.mixup_alpha or self.image.cutmix_alpha)
+        partner: torch.Tensor | None = None
+        share: torch.Tensor | float = 1.0
+        if mixes:
+            pixels, partner, share = mix(pixels, self.image)
+        student = model(pixel_values=pixels)
+        output = classification_loss(student.logits, labels, self.section, self.weights)
+        if partner is not None:
+            other = classification_loss(student.logits, labels[partner], self.section, self.weights)
+            output = LossOutput(share * output.loss_sum + (1 - share) * other.loss_sum, output.num_targets)
+        if self.distillation is None or not model.training:
+            return output
+        counted, inputs = is_counted(labels), {"pixel_values": pixels}
+        total = self.distillation.loss(output.loss_sum, student, inputs, counted, counted[:, None].float(), {})
+        return replace(output, loss_sum=total)
 
     def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
         """Measure with scikit-learn, and show some pictures with what the model takes them for."""

@@ -8,14 +8,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from launcher.data.derived import Annotations, Derivation
 from launcher.data.examples import BadExample, EncodingError, Example, Field, Row
+from launcher.data.store import PreparedData
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.recipe.schema import Recipe
+from launcher.tasks.asking import tokens_of
 from launcher.tasks.base import Batch, LossOutput, Metrics, Sample
 from launcher.tasks.conversations import IGNORED, ConversationEncoder
 from launcher.tasks.padding import pad
 from launcher.tasks.preference import Preference, answer_sums, logits_of
+from launcher.tasks.reference import BYTES_PER_NUMBER, ReferenceScores
 from launcher.tasks.together import summed
 
 DESIRABLE = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}
@@ -69,6 +73,32 @@ def _desirable(row: Row) -> int | None:
     return DESIRABLE.get(str(row["label"]).strip().lower())
 
 
+class _AnswerScores(ReferenceScores):
+    """Those of each answer, and of the answer of the sample before after the same prompt."""
+
+    names = ("reference", "other_reference")
+
+    def fields(self) -> dict[str, Field]:
+        """The scores, and the mismatched text."""
+        return {**super().fields(), "other_input_ids": Field("uint32"), "other_labels": Field("int32")}
+
+    def bytes_of(self, dataset: Sequence[Any]) -> int:
+        """The scores and the mismatched text, about as long as the sample."""
+        return super().bytes_of(dataset) + tokens_of(dataset) * 2 * BYTES_PER_NUMBER
+
+    def extras(self, dataset: Sequence[Any], row: int) -> Example:
+        """The prompt with the answer of the sample before; before the first one stands the last."""
+        mismatched = _mismatched(dataset[row], dataset[row - 1])
+        return {f"other_{name}": values for name, values in mismatched.items()}
+
+    def score(self, model: Any, batch: Batch) -> Mapping[str, Tensor]:
+        """Sums over the answers' tokens."""
+        return {
+            "reference": answer_sums(logits_of(model, batch["input_ids"]), batch["labels"]),
+            "other_reference": answer_sums(logits_of(model, batch["other_input_ids"]), batch["other_labels"]),
+        }
+
+
 class Kto(Preference):
     """KTO on a causal language model, with the same reference as DPO."""
 
@@ -87,21 +117,36 @@ class Kto(Preference):
         """Make the encoder of the recipe."""
         return AnswerEncoder(recipe)
 
+    @classmethod
+    def derivations(cls, recipe: Recipe, prepared: PreparedData) -> list[Derivation]:
+        """What the reference says of the answers, where it is to be computed once."""
+        found = super().derivations(recipe, prepared)
+        if recipe.kto.precompute_reference:
+            filler = prepared.facts["pad_token_id"]
+            scores = _AnswerScores(recipe, prepared, cls.auto_class, lambda samples: padded(samples, filler))
+            found.append(Annotations(scores))
+        return found
+
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Pad, and give each prompt the answer of the sample before, as TRL does.
 
+        Where the reference was asked ahead, that is the sample before in the data; otherwise in the micro batch.
+
         Returns:
             `input_ids`, `labels` and the same of the mismatched texts with `other_` before their names, int64 [samples,
-            length]; `desirable`, bool [samples].
+            length]; `desirable`, bool [samples]; `reference` and `other_reference`, float [samples], if they are known.
         """
+        if self.kto.precompute_reference:
+            batch = padded(samples, self.facts["pad_token_id"])
+            for name in _AnswerScores.names:
+                batch[name] = torch.from_numpy(np.stack([sample[name] for sample in samples]))
+            return batch
         counted = [sample for sample in samples if (sample["labels"] != IGNORED).any()]
         before = dict(zip(map(id, counted), counted[-1:] + counted[:-1], strict=True))
         others = [_mismatched(sample, before.get(id(sample), sample)) for sample in samples]
-        batch: Batch = {"desirable": torch.tensor([bool(sample["desirable"]) for sample in samples])}
-        for prefix, rows in (("", samples), ("other_", others)):
-            batch[f"{prefix}input_ids"] = pad(rows, "input_ids", self.facts["pad_token_id"])["input_ids"]
-            batch[f"{prefix}labels"] = pad(rows, "labels", IGNORED)["labels"]
-        return batch
+        named = [{f"other_{name}": values for name, values in other.items()} for other in others]
+        whole = [{**sample, **other} for sample, other in zip(samples, named, strict=True)]
+        return padded(whole, self.facts["pad_token_id"])
 
     def num_targets(self, batch: Batch) -> int:
         """Count the answers."""
@@ -117,9 +162,13 @@ class Kto(Preference):
         policy = answer_sums(logits_of(model, batch["input_ids"]), batch["labels"])
         with torch.no_grad():
             others = answer_sums(logits_of(model, batch["other_input_ids"]), batch["other_labels"])
-            with self._reference(model) as fixed:
-                reference = answer_sums(logits_of(fixed, batch["input_ids"]), batch["labels"])
-                others = others - answer_sums(logits_of(fixed, batch["other_input_ids"]), batch["other_labels"])
+            if "reference" in batch:
+                reference, other_reference = batch["reference"], batch["other_reference"]
+            else:
+                with self._reference(model) as fixed:
+                    reference = answer_sums(logits_of(fixed, batch["input_ids"]), batch["labels"])
+                    other_reference = answer_sums(logits_of(fixed, batch["other_input_ids"]), batch["other_labels"])
+            others = others - other_reference
         total, count = summed(torch.stack([torch.where(counted, others, 0.0).sum(), counted.sum().to(others.dtype)]))
         distance = (total / count.clamp(min=1)).clamp(min=0)
         losses = kto_losses(policy - reference, distance, desirable, self.kto.beta)
@@ -150,6 +199,15 @@ def kto_losses(log_ratios: Tensor, distance: Tensor, desirable: Tensor, beta: fl
     """
     gains = torch.where(desirable, log_ratios - distance, distance - log_ratios)
     return 1 - torch.sigmoid(beta * gains)
+
+
+def padded(samples: Sequence[Sample], filler: int) -> Batch:
+    """Pad answers and mismatched ones; see `Kto.collate`."""
+    batch: Batch = {"desirable": torch.tensor([bool(sample["desirable"]) for sample in samples])}
+    for prefix in ("", "other_"):
+        batch[f"{prefix}input_ids"] = pad(samples, f"{prefix}input_ids", filler)[f"{prefix}input_ids"]
+        batch[f"{prefix}labels"] = pad(samples, f"{prefix}labels", IGNORED)[f"{prefix}labels"]
+    return batch
 
 
 def _counted(batch: Batch) -> Tensor:

@@ -4,13 +4,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name that every PyTorch reader expects)
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from launcher.data.derived import Annotations, Derivation
 from launcher.data.examples import BadExample, Example, Field, Row
+from launcher.data.store import PreparedData
 from launcher.models.build import build_model
 from launcher.planning.plan import Plan
 from launcher.recipe.schema import Recipe
@@ -18,6 +21,7 @@ from launcher.recipe.task_sections import PreferenceSection
 from launcher.tasks.base import Batch, LossOutput, Metrics, Sample, Task
 from launcher.tasks.conversations import ConversationEncoder
 from launcher.tasks.padding import pad, padding_token
+from launcher.tasks.reference import ReferenceScores
 from launcher.tasks.sequence_classification import with_labels
 
 IGNORED = -100
@@ -124,6 +128,17 @@ def _log1mexp(values: Tensor) -> Tensor:
     return torch.where(values > -0.6931472, torch.log(-torch.expm1(values)), torch.log1p(-torch.exp(values)))
 
 
+class _PairScores(ReferenceScores):
+    """Those of both answers of a pair."""
+
+    names = ("chosen_reference", "rejected_reference")
+
+    def score(self, model: Any, batch: Batch) -> Mapping[str, Tensor]:
+        """Sums over the answers' tokens."""
+        sums = answer_sums(logits_of(model, batch["input_ids"]), batch["labels"]).chunk(2)
+        return dict(zip(self.names, sums, strict=True))
+
+
 class Preference(Task):
     """DPO, IPO, ORPO and SimPO on a causal language model."""
 
@@ -141,10 +156,23 @@ class Preference(Task):
         """Make the encoder of the recipe."""
         return PairEncoder(recipe)
 
+    @classmethod
+    def derivations(cls, recipe: Recipe, prepared: PreparedData) -> list[Derivation]:
+        """What the reference says of the answers, where it is to be computed once."""
+        found = super().derivations(recipe, prepared)
+        if recipe.task == "preference" and recipe.preference.precompute_reference:
+            filler = prepared.facts["pad_token_id"]
+            scores = _PairScores(recipe, prepared, cls.auto_class, lambda samples: collate_pairs(samples, filler))
+            found.append(Annotations(scores))
+        return found
+
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Pad the pairs; see `collate_pairs`."""
+        """Pad the pairs, see `collate_pairs`; with `reference`, [2 x pairs], where that was computed ahead."""
         batch = collate_pairs(samples, self.facts["pad_token_id"])
         del batch["attention_mask"]  # nothing looks ahead to the padding
+        if self.section.precompute_reference:
+            sums = [sample[name] for name in _PairScores.names for sample in samples]
+            batch["reference"] = torch.from_numpy(np.stack(sums))
         return batch
 
     def num_targets(self, batch: Batch) -> int:
@@ -163,7 +191,9 @@ class Preference(Task):
         log_probabilities = answer_sums(logits, labels)
         lengths = (labels[:, 1:] != IGNORED).sum(dim=1).clamp(min=1).chunk(2)
         reference = torch.zeros_like(log_probabilities)
-        if self.section.method in ("dpo", "ipo"):
+        if "reference" in batch:
+            reference = batch["reference"]
+        elif self.section.has_reference:
             with torch.no_grad(), self._reference(model) as fixed:
                 reference = answer_sums(logits_of(fixed, ids), labels)
         policy, other = log_probabilities.chunk(2), reference.chunk(2)
@@ -171,7 +201,7 @@ class Preference(Task):
         loss_sum = torch.where(counted, losses, 0.0).sum()
         if self.section.method == "orpo":
             loss_sum = loss_sum + counted.sum() * self._likelihood(logits, batch)
-        scale = 1.0 if self.section.method in ("dpo", "ipo") else 1 / torch.stack(lengths)
+        scale = 1.0 if self.section.has_reference else 1 / torch.stack(lengths)
         rewards = self.section.beta * (log_probabilities - reference).detach().view(2, -1) * scale
         predictions = {"chosen_reward": rewards[0], "rejected_reward": rewards[1]}
         return LossOutput(loss_sum, counted.sum(), predictions=predictions)

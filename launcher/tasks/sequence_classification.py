@@ -10,9 +10,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from launcher.data.derived import Annotations, Derivation
 from launcher.data.examples import BadExample, EncodingError, Example, Field, Row
+from launcher.data.store import PreparedData
+from launcher.planning.alone import plan_alone
 from launcher.planning.plan import Plan
 from launcher.recipe.schema import Recipe
+from launcher.tasks.asking import samples_at_once
 from launcher.tasks.base import Batch, LossOutput, Metrics, Sample, Task
 from launcher.tasks.classification import (
     Labels,
@@ -23,8 +27,9 @@ from launcher.tasks.classification import (
     is_counted,
     shown_answers,
 )
-from launcher.tasks.distillation import Teacher, distilled, soft_loss
+from launcher.tasks.distillation import Distillation, with_projections
 from launcher.tasks.padding import pad, padding_token
+from launcher.tasks.soft_targets import ClassTargets, collate_known
 
 HF_PROBLEM_TYPES = {
     "single_label": "single_label_classification",
@@ -109,7 +114,9 @@ class SequenceClassification(Task):
         super().__init__(plan, facts)
         self.section = plan.recipe.classification
         self.weights = class_weights(self.section, facts)
-        self._teacher: Teacher | None = None
+        section = plan.recipe.distillation
+        labels = tuple(facts.get("labels", ()))
+        self.distillation = None if section is None else Distillation(plan, section, self.auto_class, labels)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -121,6 +128,23 @@ class SequenceClassification(Task):
         """Make the encoder of the recipe."""
         return SequenceClassificationEncoder(recipe)
 
+    @classmethod
+    def derivations(cls, recipe: Recipe, prepared: PreparedData) -> list[Derivation]:
+        """What the teacher says of each sample, where it is to be asked once."""
+        found = super().derivations(recipe, prepared)
+        section = recipe.distillation
+        if section is not None and section.precompute:
+            task = cls(plan_alone(recipe, samples_at_once(recipe)), prepared.facts)
+            arguments = (recipe, section, prepared, cls.auto_class, task.collate)
+            labels = tuple(prepared.facts["labels"])
+            found.append(Annotations(ClassTargets(*arguments, inputs=model_inputs, labels=labels)))
+        return found
+
+    def build_model(self) -> torch.nn.Module:
+        """Build the model, with what a distillation adds."""
+        model: torch.nn.Module = with_projections(super().build_model(), self.plan)
+        return model
+
     def config(self) -> Any:
         """Return the model's config with the classes' names, and the padding that a decoder's head must skip."""
         return with_labels(super().config(), self.section.problem_type, self.facts)
@@ -130,7 +154,7 @@ class SequenceClassification(Task):
         batch = pad(samples, "input_ids", self.facts["pad_token_id"])
         batch["token_type_ids"] = pad(samples, "token_type_ids", 0)["token_type_ids"]
         batch["labels"] = torch.from_numpy(np.stack([sample["labels"] for sample in samples]))
-        return batch
+        return {**batch, **collate_known(samples, batch["input_ids"].shape[1])}
 
     def num_targets(self, batch: Batch) -> int:
         """Count the samples that have a label."""
@@ -138,19 +162,17 @@ class SequenceClassification(Task):
 
     def loss(self, model: Any, batch: Batch) -> LossOutput:
         """Loss of the samples' classes; see `classification_loss`."""
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        if reads_token_types(model):
-            inputs["token_type_ids"] = batch["token_type_ids"]
-        logits = model(**inputs).logits
-        output = classification_loss(logits, batch["labels"], self.section, self.weights)
-        section = self.plan.recipe.distillation
-        if section is None or not model.training:
+        inputs = model_inputs(model, batch)
+        teaching = self.distillation if model.training else None
+        student = model(**inputs, **({} if teaching is None else teaching.wanted))
+        output = classification_loss(student.logits, batch["labels"], self.section, self.weights)
+        if teaching is None:
             return output
-        if self._teacher is None:
-            self._teacher = Teacher(section, self.auto_class, logits.shape[-1], tuple(self.facts["labels"]))
-        theirs = self._teacher.logits(logits.device, **inputs)
-        soft = soft_loss(logits, theirs, is_counted(batch["labels"]), section.temperature)
-        return replace(output, loss_sum=distilled(output.loss_sum, soft, section))
+        counted, present = is_counted(batch["labels"]), batch["attention_mask"].float()
+        positions = present / present.sum(dim=1, keepdim=True) * counted[:, None]
+        known = {name: batch[name] for name in ("teacher_logits",) if name in batch}
+        total = teaching.loss(output.loss_sum, student, inputs, counted, positions, known)
+        return replace(output, loss_sum=total)
 
     def metrics(self, predictions: list[dict[str, NDArray[Any]]], samples: Sequence[Sample]) -> Metrics:
         """Measure with scikit-learn, and show some texts with what the model takes them for."""
@@ -173,6 +195,12 @@ def with_labels(config: Any, problem_type: str, facts: Any) -> Any:
     if "pad_token_id" in facts:
         config.pad_token_id = facts["pad_token_id"]
     return config
+
+
+def model_inputs(model: Any, batch: Batch) -> Batch:
+    """What a model reads of a batch."""
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if reads_token_types(model) else [])]
+    return {name: batch[name] for name in names}
 
 
 def reads_token_types(model: Any) -> bool:

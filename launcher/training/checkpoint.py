@@ -19,6 +19,7 @@ from launcher.planning.kept_states import saved_bytes
 from launcher.planning.plan import Plan
 from launcher.recipe.loading import recipe_hash
 from launcher.training import upstream
+from launcher.training.adalora import RankSchedule
 from launcher.training.averaging import WeightAverage, has_averages
 from launcher.training.background_save import BackgroundSaver, Outcome, Save
 from launcher.training.checkpoint_files import CheckpointFiles
@@ -48,6 +49,7 @@ class CheckpointManager:
         notify: told what a person should know, on rank 0.
         average: of the trained weights, if the run keeps one.
         memory: nodes that keep states besides the disk, if there are any.
+        ranks: of an adapter that loses some as it is trained.
 
     Raises:
         StorageError: the ranks do not see the same folder.
@@ -61,8 +63,9 @@ class CheckpointManager:
         notify: Callable[[str], None] = lambda text: None,
         average: WeightAverage | None = None,
         memory: HostMemory | None = None,
+        ranks: RankSchedule | None = None,
     ) -> None:
-        self.average = average
+        self.average, self.ranks = average, ranks
         self.directory = directory
         self.plan = plan
         self.data_fingerprint = data_fingerprint
@@ -181,6 +184,8 @@ class CheckpointManager:
         )
         if self.average is not None and (self.plan.zero_stage > 0 or self.rank == 0):
             self.average.save(self.files, folder)
+        if self.ranks is not None:
+            self.ranks.save(self.files, folder)
 
     def _committed(self, folder: Path) -> None:
         """What follows a commit; when it goes wrong, the checkpoint is one all the same."""
@@ -290,6 +295,8 @@ class CheckpointManager:
             engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not adapter)
         if self.average is not None:
             self._load_average(self.average, folder, manifest, universal)
+        if self.ranks is not None:
+            self.ranks.load(folder, manifest, lambda path: self.files.load(str(path), "cpu"))
         from_the_start = resumption.data_changed and self.plan.recipe.data.on_change == "restart"
         return Progress(
             step=manifest.step,

@@ -20,6 +20,7 @@ from launcher.models.build import DTYPES
 from launcher.planning.plan import Plan
 from launcher.recipe.tasks import TASKS
 from launcher.tasks import make_task
+from launcher.tasks.distillation import PROJECTIONS
 from launcher.training.consolidation import averaged_weights, trained_state_dict, whole_weights
 
 
@@ -66,6 +67,7 @@ def export_checkpoint(folder: Path, plan: Plan, tokenizer_directory: Path, targe
         state = {
             name: _in_file(tensor, dtype, scratch).view(shapes.get(name, tensor.shape))
             for name, tensor in weights(folder, manifest)
+            if not name.startswith(PROJECTIONS)
         }
         # Tied weights may be absent from the state (one copy is stored); everything else must match.
         mismatch = (set(model.state_dict()) ^ set(state)) - set(model.all_tied_weights_keys)

@@ -16,16 +16,14 @@ from launcher.planning.layout import Coordinates
 from launcher.planning.plan import Plan
 from launcher.run_directory import append_json_line, read_json_lines
 from launcher.tasks import Metrics, Task, make_task
-from launcher.training.averaging import WeightAverage
+from launcher.training.around_steps import AroundSteps
 from launcher.training.batch_norm import share_running_statistics
-from launcher.training.before_step import make_before_step
 from launcher.training.checkpoint import CheckpointManager
 from launcher.training.context import Phase, WorkerContext
 from launcher.training.distributed import Agreement, max_over_ranks, sum_over_ranks
 from launcher.training.engine import build_engine, total_steps
 from launcher.training.evaluation import Evaluation, evaluate, generate
 from launcher.training.export import checkpoint_to_export, export_checkpoint
-from launcher.training.fp32_weights import Fp32Weights
 from launcher.training.measuring import measure, watched_score, write_evaluation
 from launcher.training.monitor import Monitor, Throughput, memory_bytes
 from launcher.training.numeric import LossWatch, Observed
@@ -54,7 +52,7 @@ class Session:
     passes: Passes
     collate: Collate
     triggers: SaveTriggers | None
-    average: WeightAverage | None
+    around: AroundSteps
 
 
 def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: torch.device) -> TrainResult:
@@ -86,8 +84,7 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
             throughput.step_ends(plan.batch.global_batch_size)
             window.step_ends()
             progress.step += 1
-            if session.average is not None:
-                session.average.update(progress.step)
+            session.around.after_step(progress.step, outcome.grad_norm)
             progress.consumed_samples = step_batch.consumed_samples
             heartbeat.stepped(progress.step)
             _watch_loss(session, outcome)
@@ -131,14 +128,17 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
         heartbeat.notify(notice)
     engine = build_engine(plan, model, max_steps)
     heartbeat.enter(Phase.LOAD)
-    average, ema = None, plan.recipe.training.ema
-    if ema is not None:
-        average = WeightAverage(Fp32Weights(engine, plan.zero_stage), ema, context.rank if plan.zero_stage else 0)
-    checkpoints = CheckpointManager(
-        context.run_directory.checkpoints, plan, prepared.fingerprint, heartbeat.notify, average, context.memory
-    )
     progress = Progress()
-    before_step = make_before_step(engine, plan.zero_stage, plan.recipe.optimizer, lambda: progress.step)
+    around = AroundSteps(plan, engine, prepared, max_steps, context.rank, lambda: progress.step)
+    checkpoints = CheckpointManager(
+        context.run_directory.checkpoints,
+        plan,
+        prepared.fingerprint,
+        heartbeat.notify,
+        around.average,
+        context.memory,
+        around.ranks,
+    )
     progress = checkpoints.load(engine)
     heartbeat.begun(progress.step, max_steps, from_memory=checkpoints.from_memory)
     monitor = Monitor(plan, context.run_directory, progress.step, device) if context.rank == 0 else None
@@ -155,10 +155,10 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
         monitor=monitor,
         losses=LossWatch(plan.recipe.fault_tolerance, context.run_directory, context.rank),
         place=plan.layout.coordinates(context.rank),
-        passes=make_passes(plan, engine, task, device, heartbeat, before_step),
+        passes=make_passes(plan, engine, task, device, heartbeat, around.before_step),
         collate=own_part(task.collate, plan.layout, plan.layout.coordinates(context.rank)),
         triggers=SaveTriggers(context.run_directory, plan.recipe.checkpoint) if context.rank == 0 else None,
-        average=average,
+        around=around,
     )
 
 
@@ -290,8 +290,8 @@ def _evaluate(session: Session) -> Evaluation | None:
     session.context.heartbeat.enter(Phase.EVALUATE)
     settings, progress = session.plan.recipe.evaluation, session.progress
     share_running_statistics(session.engine.module)
-    averaged = session.average is not None and session.plan.recipe.training.uses_average
-    with session.average.in_use() if session.average is not None and averaged else contextlib.nullcontext():
+    average = session.around.average if session.plan.recipe.training.uses_average else None
+    with contextlib.nullcontext() if average is None else average.in_use():
         result, metrics, texts = _measure(session, datasets)
     best, score = progress.best_eval_loss, watched_score(settings, result, metrics)
     progress.eval_loss, progress.eval_score, progress.eval_step = result.loss, score, progress.step

@@ -10,9 +10,8 @@ import torch.distributed as dist
 from launcher.checkpoints.manifest import read_manifest
 from launcher.data.store import PreparedData
 from launcher.errors import CheckpointError, DataError, ExpectedError
-from launcher.planning.layout import Resources
-from launcher.planning.plan import Plan, make_plan
-from launcher.recipe.layout_sections import ParallelSection, ZeroSection
+from launcher.planning.alone import plan_alone
+from launcher.planning.plan import Plan
 from launcher.recipe.tasks import TASKS
 from launcher.tasks import Metrics, Sample, Task, make_task
 from launcher.training.consolidation import averaged_weights, trained_state_dict, whole_weights
@@ -26,17 +25,7 @@ def whole_model(plan: Plan, prepared: PreparedData) -> tuple[Plan, Task, Any]:
     Returns:
         The plan for one process, the task and the model, in evaluation mode.
     """
-    training = plan.recipe.training.model_copy(
-        update={"precision": "fp32", "global_batch_size": None, "gradient_accumulation_steps": None,
-                "micro_batch_size": plan.batch.micro_batch_size, "gradient_checkpointing": False,
-                "torch_compile": False, "mlp_tiles": 1, "loss_tiles": 1}
-    )  # fmt: skip
-    update = {"training": training, "parallel": ParallelSection(), "zero": ZeroSection(stage=0)}
-    deepspeed = plan.recipe.deepspeed.model_copy(update={"config": None, "overrides": {}})
-    alone = make_plan(
-        plan.recipe.model_copy(update={**update, "deepspeed": deepspeed}),
-        Resources(nodes=1, workers_per_node=1, device=plan.resources.device),
-    )
+    alone = plan_alone(plan.recipe, plan.batch.micro_batch_size, plan.resources.device)
     task = make_task(alone, prepared.facts)
     model: Any = task.build_model()
     return alone, task, model.eval()

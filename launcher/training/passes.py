@@ -17,6 +17,7 @@ from launcher.errors import RecipeError
 from launcher.planning.layout import Coordinates, Layout
 from launcher.planning.plan import Plan
 from launcher.tasks import Batch, Sample, Task
+from launcher.training.adalora import orthogonal_loss
 from launcher.training.adversarial import adversarial_loss
 from launcher.training.context import Heartbeat, Phase
 from launcher.training.distributed import Agreement
@@ -74,6 +75,9 @@ class DirectPasses:
         if adversarial is not None and plan.zero_stage == 3:
             raise RecipeError.single("training.adversarial", "is for ZeRO stages 0 to 2; set zero.stage to 2")
         self._train_loss = task.loss if adversarial is None else adversarial_loss(task.loss, adversarial)
+        adapter = plan.recipe.adapter
+        if adapter is not None and adapter.method == "adalora" and adapter.adalora.orthogonality:
+            self._train_loss = orthogonal_loss(self._train_loss, adapter.adalora)
         self.device = device
         self.heartbeat = heartbeat
         self._ranks = averaging_ranks(plan.layout, plan.zero_stage)

@@ -126,14 +126,11 @@ def raylet_beside_the_head(nodes: list[RayNode], directory: RunDirectory) -> psu
 
 LAYOUTS: list[tuple[str, ...]] = [
     ("zero.stage=3", "training.ema.decay=0.9"),
-    ("zero.stage=0",),
-    ("zero.stage=1", "precision=bf16"),
-    ("zero.stage=2",),
+    ("zero.stage=0", "adapter.r=4"),
     ("zero.stage=1", "parallel.tensor_parallel_size=2"),
     ("zero.stage=1", "parallel.pipeline_parallel_size=2"),
     ("zero.stage=3", "parallel.sequence_parallel_size=2"),
-    ("zero.stage=2", "adapter.r=4"),
-    ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_param=cpu"),
+    ("zero.stage=3", "precision=bf16", "zero.offload_optimizer=cpu", "zero.offload_param=cpu"),
 ]
 
 

@@ -66,6 +66,7 @@ def test_frozen_parameters(make_recipe: MakeRecipe) -> None:
     ("adapter", "reason"),
     [
         ({"method": "ia3"}, "ia3 is not counted; lora, rslora and dora are"),
+        ({"method": "adalora"}, "adalora is not counted; lora, rslora and dora are"),
         ({"method": "lora", "modules_to_save": ["lm_head"]}, "modules_to_save are held twice"),
         ({"method": "lora", "target_modules": ["embed_tokens"]}, "embed_tokens lies outside of the layers"),
     ],
@@ -94,4 +95,6 @@ def test_a_reference_is_held_whole_by_every_rank(make_recipe: MakeRecipe) -> Non
     changes: dict[str, Any] = {"model.config": config, "task": "preference", "data.packing": "none"}
     whole = 2 * sum(tensor.numel for tensor in parts_of(make_recipe(changes), config).parameters)
     assert parameters(**changes) - parameters(**changes, preference={"method": "simpo"}) == whole
+    asked_before = {"method": "dpo", "precompute_reference": True}
+    assert parameters(**changes) - parameters(**changes, preference=asked_before) == whole
     assert parameters(**changes, adapter={"method": "lora"}) < parameters(**changes)

@@ -33,9 +33,15 @@ def global_batch(data: Path, seed: int, step: int, size: int) -> dict[str, torch
 
 
 def train(
-    data: Path, model_folder: Path, recipe: Any, global_batch_size: int, steps: int, micro_batches: list[list[int]]
+    data: Path,
+    model_folder: Path,
+    recipe: Any,
+    global_batch_size: int,
+    steps: int,
+    micro_batches: list[list[int]],
+    importance: dict[str, torch.Tensor] | None = None,
 ) -> Reference:
-    """Train on whole global batches; the micro batches matter to the balance of experts alone."""
+    """Train on whole global batches; the micro batches matter to the balance of experts alone, `importance` to EWC."""
     attention = recipe.model.attn_implementation
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation=attention)
     o, t = recipe.optimizer, recipe.training
@@ -62,6 +68,10 @@ def train(
             for parameter in [p for g in optimizers[0].param_groups for p in g["params"] if o.decay_to_start]:
                 rate = next(g["lr"] for g in optimizers[0].param_groups if any(p is parameter for p in g["params"]))
                 parameter -= rate * o.decay_to_start * (parameter - start[id(parameter)])
+            for name, parameter in model.named_parameters() if importance is not None else ():
+                rate = next(g["lr"] for g in optimizers[0].param_groups if any(p is parameter for p in g["params"]))
+                share = (rate * o.ewc.strength * importance[name]).clamp(max=1.0)
+                parameter -= share * (parameter - start[id(parameter)])
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())

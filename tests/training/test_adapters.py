@@ -16,9 +16,10 @@ from launcher.training.export import export_checkpoint
 from tests.support.ranks import Ranks
 from tests.training.task_runs import STDLIB, run_of, write_recipe
 
-pytestmark = pytest.mark.matrix
-
-METHODS = ["lora", "rslora", "dora", "ia3", "prefix_tuning", "prompt_tuning", "p_tuning"]
+METHODS = ["lora", "rslora", "dora", "adalora", "ia3", "prefix_tuning", "prompt_tuning", "p_tuning"]
+OWN = {"adalora": {"target_modules": ["q_proj", "v_proj"], "r": 4}}
+"""What a method needs besides."""
+RATES = {"prompt_tuning": 0.3, "adalora": 0.1}
 PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
 
 
@@ -51,10 +52,10 @@ def test_only_the_adapter_is_trained_saved_and_exported(
     directory, plan, prepared = make(
         tmp_path,
         model_folder,
-        {"method": method, "num_virtual_tokens": 4},
+        {"method": method, "num_virtual_tokens": 4, **OWN.get(method, {})},
         f"zero.stage={stage}",
         "training.max_steps=12",
-        f"training.learning_rate={0.3 if method == 'prompt_tuning' else 0.02}",
+        f"training.learning_rate={RATES.get(method, 0.02)}",
         "evaluation.eval_steps=1",
     )
     call = {"run_directory": str(directory.path), "data": str(prepared.directory)}
@@ -74,6 +75,7 @@ def test_only_the_adapter_is_trained_saved_and_exported(
     assert all(set(part) <= trained for part in held), "no frozen weight is in the files"
 
     export_checkpoint(newest, plan, prepared.tokenizer_directory, directory.export)
+    check_it_is_gone_on_from(directory, plan, prepared, saved)
     adapter = directory.export if method in PROMPTS else directory.export / "adapter"
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     loaded = PeftModel.from_pretrained(base, adapter).eval()
@@ -86,6 +88,24 @@ def test_only_the_adapter_is_trained_saved_and_exported(
         if method not in PROMPTS:
             merged = AutoModelForCausalLM.from_pretrained(directory.export).eval()
             assert task.loss(merged, batch).loss_sum.item() == pytest.approx(mine, rel=1e-5)
+
+
+def check_it_is_gone_on_from(directory: Any, plan: Any, prepared: Any, saved: dict[str, torch.Tensor]) -> None:
+    """Another run may begin with the exported adapter, bit by bit; not with one of another shape."""
+    section = plan.recipe.adapter
+    if section.method == "adalora" or section.method in PROMPTS:
+        return
+    folder = directory.export / "adapter"
+
+    def built(**changes: Any) -> Any:
+        update = {"adapter_name_or_path": str(folder), **changes}
+        recipe = plan.recipe.model_copy(update={"adapter": section.model_copy(update=update)})
+        return make_task(plan.model_copy(update={"zero_stage": 0, "recipe": recipe}), prepared.facts).build_model()
+
+    trained = {name: values for name, values in built().named_parameters() if values.requires_grad}
+    assert all(torch.equal(values, saved[name]) for name, values in trained.items())
+    with pytest.raises(ModelError, match="is another one: target_modules"):
+        built(target_modules=("o_proj",))
 
 
 def losses(directory: Any) -> list[float]:

@@ -17,8 +17,6 @@ from launcher.tasks import make_task
 from tests.support.ranks import Ranks
 from tests.training.task_runs import STDLIB, run_of, write_recipe
 
-pytestmark = pytest.mark.matrix
-
 
 def pairs() -> list[dict[str, str]]:
     """A function's head, its true docstring, and that of another function."""
@@ -180,6 +178,7 @@ def test_an_adapters_reference_is_the_model_without_it(tmp_path: Path, model_fol
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", ["dpo", "ipo", "orpo", "simpo"])
 def test_a_batch_of_nothing_but_fillers_counts_nothing(tmp_path: Path, model_folder: Path, method: str) -> None:
     task, _, samples = prepared_batch(tmp_path, model_folder, preference={"method": method})

@@ -12,15 +12,13 @@ from sklearn import metrics as sk
 
 from launcher.checkpoints import folders
 from launcher.data.loader import without_targets
-from launcher.errors import SourceError
+from launcher.errors import PlanError, SourceError
 from launcher.run_directory import read_json_lines
 from launcher.tasks import make_task
 from launcher.training.export import export_checkpoint
 from tests.support.forked import ForkServer
 from tests.support.ranks import Ranks
 from tests.training.task_runs import BERT, STDLIB, run_of, write_recipe
-
-pytestmark = pytest.mark.matrix
 
 TOKENIZER = {"train": {"vocab_size": 400}}
 
@@ -80,6 +78,7 @@ def batch_of(prepared: Any, task: Any, count: int = 7) -> dict[str, torch.Tensor
     return task.collate([*samples, without_targets(samples[0])])
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("kind", "problem_type"),
     [("single", "single_label"), ("multi", "multi_label"), ("number", "regression"), ("pairs", "single_label")],
@@ -152,6 +151,7 @@ def test_metrics_are_those_of_scikit_learn_whatever_the_number_of_workers(
 
 
 @pytest.mark.distributed
+@pytest.mark.matrix
 @pytest.mark.parametrize("stage", [2, 3])
 def test_it_learns_and_exports(sources, tmp_path, two_ranks: Ranks, stage: int) -> None:
     directory, plan, prepared = make(
@@ -236,3 +236,8 @@ def test_a_few_bad_rows_are_left_out_and_counted(tmp_path) -> None:
         "data.sources.0: 1 of 201 examples cannot be used: 1 x its text is empty; they were left out"
     ]
     assert sum(len(part) for name in ("train", "validation") for part in prepared.split(name)) == 200
+
+
+def test_texts_longer_than_the_models_positions_are_refused(sources, tmp_path) -> None:
+    with pytest.raises(PlanError, match="999 is longer than the model's 128 positions; set it to at most 128"):
+        make(tmp_path, sources["single"], "data.sequence_length=999")

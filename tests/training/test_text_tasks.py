@@ -21,8 +21,6 @@ from launcher.tasks.token_classification import entities
 from tests.support.ranks import Ranks
 from tests.training.task_runs import BERT, STDLIB, run_of, write_recipe
 
-pytestmark = pytest.mark.matrix
-
 T5 = (
     "{model_type: t5, d_model: 32, d_kv: 8, d_ff: 64, num_layers: 2, num_heads: 4, dropout_rate: 0.0, "
     "decoder_start_token_id: 0}"
