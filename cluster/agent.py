@@ -71,7 +71,7 @@ class NodeAgent(ABC):
     @property
     def resources(self) -> NodeResources:
         """What Ray may hand out here."""
-        return NodeResources(self.spec.cpus_per_node, self.spec.gpus_per_node)
+        return NodeResources(self.spec.cpus_per_node, self.spec.gpus_per_node, self.spec.memory_per_node)
 
     @property
     def must_end(self) -> bool:

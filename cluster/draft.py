@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.errors import BackendError
@@ -32,8 +34,12 @@ class Partition:
     time_limit: str
 
 
-def draft(backend: str) -> str:
+def draft(backend: str, accelerator: Callable[[str], str | None] = lambda name: None) -> str:
     """A profile as YAML.
+
+    Args:
+        backend: of the profile.
+        accelerator: from a GPU's name as nvidia-smi says it to that in a profile, if it has one.
 
     Raises:
         BackendError: no such backend, or Slurm does not answer.
@@ -44,14 +50,18 @@ def draft(backend: str) -> str:
         return _slurm(partitions())
     gpus, cores = visible_gpus(), os.cpu_count() or 1
     workers = gpus or 2
+    kinds = gpu_kinds() if gpus else []
+    has = f", {gpus} GPUs: {', '.join(kinds)}" if kinds else ""
     lines = [
-        f"description: Drafted on {os.uname().nodename}",
+        f"description: {json.dumps(f'Drafted on {os.uname().nodename}{has}')}",
         f"backend: {backend}",
         "nodes: 1",
         f"workers_per_node: {workers}",
         f"device: {'cuda' if gpus else 'cpu'}",
         f"cpus_per_worker: {max(1, cores // workers)}",
     ]
+    if len(kinds) == 1 and (name := accelerator(kinds[0])) is not None:
+        lines.append(f"accelerator: {name}")
     if backend == "ray":
         lines.append("# address: 10.0.0.1:6379        # default: RAY_ADDRESS")
     if backend == "ssh":
@@ -63,11 +73,14 @@ def partitions() -> list[Partition]:
     """The partitions that this user sees, the default one first.
 
     Raises:
-        BackendError: Slurm does not answer, or shows none.
+        BackendError: Slurm does not answer, or shows none that is of use.
     """
     found: dict[str, Partition] = {}
-    for line in run_slurm("sinfo", "--noheader", "--format=%P|%D|%c|%G|%l").splitlines():
-        name, nodes, cpus, gres, limit = (part.strip() for part in line.split("|"))
+    lines = run_slurm("sinfo", "--noheader", "--format=%P|%D|%c|%G|%l|%a").splitlines()
+    for parts in (line.split("|") for line in lines):
+        if len(parts) != 6 or parts[-1].strip() != "up" or parts[1].strip() == "0":  # a site's greeting, or no use
+            continue
+        name, nodes, cpus, gres, limit = (part.strip() for part in parts[:-1])
         plain = name.rstrip("*")
         before = found.get(plain)
         new = Partition(plain, name.endswith("*"), int(nodes), int(cpus.rstrip("+")), count_gpus(gres), limit)
@@ -82,7 +95,7 @@ def partitions() -> list[Partition]:
             )
         found[plain] = new
     if not found:
-        raise BackendError("sinfo shows no partition")
+        raise BackendError("sinfo shows no partition that is up and has nodes")
     return sorted(found.values(), key=lambda partition: not partition.is_default)
 
 
@@ -96,6 +109,16 @@ def count_gpus(gres: str) -> int:
     return total
 
 
+def gpu_kinds() -> list[str]:
+    """What nvidia-smi calls the GPUs of this machine, each kind once; nothing where it does not answer."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return sorted({line.strip() for line in shown.splitlines() if line.strip()})
+
+
 def _slurm(found: list[Partition]) -> str:
     chosen = found[0]
     workers = chosen.gpus or 1
@@ -104,8 +127,9 @@ def _slurm(found: list[Partition]) -> str:
         f"{other.name} ({other.nodes} nodes, {other.cpus} CPUs, {other.gpus} GPUs, {other.time_limit})"
         for other in found[1:]
     ]
+    told = f"Partition {chosen.name}, {chosen.nodes} nodes of {chosen.cpus} CPUs and {chosen.gpus} GPUs"
     lines = [
-        f"description: Partition {chosen.name}, {chosen.nodes} nodes of {chosen.cpus} CPUs and {chosen.gpus} GPUs",
+        f"description: {json.dumps(told)}",
         "backend: slurm",
         f"nodes: {min(2, chosen.nodes)}",
         f"workers_per_node: {workers}",

@@ -33,6 +33,11 @@ class FirstNode(NodeAgent):
 
     def play(self) -> Outcome:
         """See `NodeAgent.play`."""
+        if lost := [name for name in self.spec.secret_names if name not in os.environ]:
+            raise ProvisionError(
+                f"{', '.join(lost)} of the profile's environment did not get here: what starts the job (sbatch "
+                "--export, a container) must hand on the environment that it was submitted with"
+            )
         self.folder.mark("started")
         self._peers = self._spawn_peers()
         address, cluster = self._start_head()
@@ -102,21 +107,29 @@ class FirstNode(NodeAgent):
     def _await_nodes(self) -> bool:
         """Wait for all nodes; returns whether they are there (otherwise the job was asked to end).
 
+        An elastic job goes on without nodes that do not come, while there are as many as it needs.
+
         Raises:
             ProvisionError: some did not come; the text names them.
         """
+        fewest = self.spec.min_nodes or self.spec.nodes
         began, shown_at, shown = time.monotonic(), 0.0, -1
         while not self.must_end:
             reports = [self.folder.node(index) for index in range(self.spec.nodes)]
             up = sum(report is not None and report.state == "up" for report in reports)
+            failed = sum(report is not None and report.state == "failed" for report in reports)
             waited = time.monotonic() - began
             if up != shown or time.monotonic() - shown_at > PROGRESS_S:
                 shown, shown_at = up, time.monotonic()
                 say(f"ray: {up} of {self.spec.nodes} nodes are up{self._awaited(reports, waited)}")
             if up == self.spec.nodes:
                 return True
-            if any(report and report.state == "failed" for report in reports) or waited > self.spec.join_timeout_s:
+            late = waited > self.spec.join_timeout_s
+            if self.spec.nodes - failed < fewest or (late and up < fewest):
                 raise ProvisionError(self._missing(reports, waited))
+            if late or up + failed == self.spec.nodes:
+                say(f"{self._missing(reports, waited)}\nray: going on without them; the profile needs {fewest}")
+                return True
             if self.ray is not None:
                 self.ray.check_alive()
             self.refresh()

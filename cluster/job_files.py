@@ -37,11 +37,14 @@ def spec_of(
     return JobSpec(
         name=request.name,
         argv=request.argv,
-        environment=dict(profile.environment),
+        environment=profile.plain_environment,
+        secret_names=tuple(sorted(profile.secrets)),
         working_directory=str(request.run_directory),
         nodes=request.nodes,
         cpus_per_node=request.cpus_per_node,
         gpus_per_node=request.gpus_per_node,
+        memory_per_node=request.memory_per_node,
+        min_nodes=profile.min_nodes,
         join_timeout_s=profile.join_timeout_seconds,
         dashboard=profile.dashboard,
         progress_directory=str(request.progress_directory),
@@ -58,7 +61,7 @@ def status_from_files(record: JobRecord) -> JobStatus:
     start = last_start(job_directory)
     if start is None:
         return JobStatus(JobState.UNKNOWN, reason=f"nothing in {job_directory} says that it ever started")
-    number = int(start.path.name.removeprefix("start_"))
+    number = len(StartFolder.all_of(job_directory))
     outcome = start.outcome()
     if outcome is not None and not outcome.requeue:
         return JobStatus(_STATES[outcome.state], outcome.state, outcome.message, node_names(record), number)

@@ -53,19 +53,18 @@ class LocalRay:
 
 @contextmanager
 def local_ray(
-    num_cpus: float, num_gpus: int = 0, nodes: int = 1, node_timeout_s: float = DEFAULT_NODE_TIMEOUT_S
+    resources: NodeResources, nodes: int = 1, node_timeout_s: float = DEFAULT_NODE_TIMEOUT_S
 ) -> Iterator[LocalRay]:
     """Start a Ray cluster on loopback, without dashboard and with token authentication; end it on leaving.
 
     Returns soon: Ray needs a few seconds more, in which the caller can do other work.
 
     Args:
-        num_cpus: CPUs that each node hands out.
-        num_gpus: GPUs that each node hands out.
+        resources: what each node hands out.
         nodes: Ray nodes, all on this machine, each with an address of its own.
         node_timeout_s: how long the loss of one may stay unnoticed.
     """
-    cluster, resources = RaySecrets(secrets.token_hex(32), node_timeout_s), NodeResources(num_cpus, num_gpus)
+    cluster = RaySecrets(secrets.token_hex(32), node_timeout_s)
     key = f"{os.getuid()}/{os.getpid()}"
     addresses = [usable_address("127.0.0.1", index) for index in range(nodes)]
     with ExitStack() as stack:
@@ -103,7 +102,7 @@ class LocalBackend:
         make_job_directory(request.job_directory)
         addresses = tuple(usable_address("127.0.0.1", index) for index in range(request.nodes))
         spec_of(request, addresses=addresses, spawn_peers=True).write(request.job_directory)
-        process = start_detached(request.job_directory, 0)
+        process = start_detached(request.job_directory, 0, request.profile.secrets)
         return Submission(str(process.pid), {"host": os.uname().nodename, "process": str(process)})
 
     def states(self, records: Sequence[JobRecord]) -> dict[str, JobStatus]:

@@ -3,9 +3,9 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cluster.errors import DocumentError, ExpectedError, Problem
 from cluster.profile_sections import RayJobSection, SlurmSection, SshSection
@@ -17,6 +17,9 @@ DEVICE_FOLDER = Path("/dev")
 
 SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
 """Of environment variables whose values are written nowhere."""
+
+SECRET_ASSIGNMENT = re.compile(r"""(\w*(?:TOKEN|KEY|SECRET|PASSWORD)\w*=)("[^"]*"|'[^']*'|\S+)""", re.IGNORECASE)
+"""Of such a variable in a line of shell, as in `export HF_TOKEN=...`: the name, and the value."""
 
 _SUFFIXES = (".yaml", ".yml")
 _GPU_DEVICE = re.compile(r"nvidia\d+")
@@ -59,7 +62,11 @@ class Profile(BaseModel):
     """GPU of each worker, as `zerofleet plan --gpu` names it (`H100-80GB`) or a file that describes one: plans then say
     how long a step takes and refuse what does not fit."""
     host_memory_gib: float | None = Field(default=None, gt=0)
-    """Memory of each machine, which bounds what can be offloaded; default: this machine's on the local backend."""
+    """Memory of each machine, which bounds what can be offloaded; default: what its workers have by
+    `memory_per_worker_gib`, or this machine's on the local backend."""
+    memory_per_worker_gib: float | None = Field(default=None, gt=0)
+    """Memory that Ray reserves for each worker; Slurm is asked for that of all workers of a node and 1 GiB for Ray
+    (`--mem`). Default: not counted."""
     address: str | None = None
     """Where the Ray cluster listens (`10.0.0.1:6379`); default: `RAY_ADDRESS` of the environment."""
     environment: dict[EnvironmentName, str] = Field(default_factory=dict)
@@ -82,18 +89,17 @@ class Profile(BaseModel):
     ray: RayJobSection = RayJobSection()
     """Of jobs submitted to the ray backend."""
 
+    @field_validator("nodes", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> Any:
+        if isinstance(value, dict | str):  # load_profile has taken {min: ..., max: ...} apart
+            raise ValueError(f"must be a whole number or {{min: 2, max: 8}}, not {_on_a_line(value)}")
+        return value
+
     @model_validator(mode="after")
     def _elastic_between(self) -> Self:
-        if self.min_nodes is None:
-            return self
-        if self.min_nodes > self.nodes:
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
             raise ValueError(f"min_nodes is {self.min_nodes}, more than nodes {self.nodes}")
-        if self.backend not in ("local", "ray"):
-            raise ValueError(
-                f"an elastic number of nodes (min {self.min_nodes}, max {self.nodes}) is not supported on the "
-                f"{self.backend} backend, whose job has the nodes that it began with; set nodes: {self.nodes}, or join "
-                "a Ray cluster with backend: ray"
-            )
         return self
 
     @model_validator(mode="after")
@@ -110,6 +116,8 @@ class Profile(BaseModel):
         for section in ("slurm", "ssh", "ray"):
             if section in self.model_fields_set and section != self.backend:
                 raise ValueError(f"{section} is set, but backend is {self.backend}; leave one of the two out")
+        if self.memory_per_worker_gib is not None and self.slurm.memory_per_node is not None:
+            raise ValueError("memory_per_worker_gib and slurm.memory_per_node both say what --mem is; set one of them")
         return self._fits_its_hosts()
 
     def _fits_its_hosts(self) -> Self:
@@ -120,6 +128,21 @@ class Profile(BaseModel):
                 f"nodes is {self.nodes}, but ssh.hosts has {len(self.ssh.hosts)}; name more or ask for less"
             )
         return self
+
+    @property
+    def memory_per_worker(self) -> int | None:
+        """Bytes of `memory_per_worker_gib`."""
+        return None if self.memory_per_worker_gib is None else int(self.memory_per_worker_gib * 2**30)
+
+    @property
+    def plain_environment(self) -> dict[str, str]:
+        """Of the environment what may be written down."""
+        return {name: value for name, value in self.environment.items() if not SECRET_NAME.search(name)}
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """The rest of it: handed from process to process, and written nowhere."""
+        return {name: value for name, value in self.environment.items() if SECRET_NAME.search(name)}
 
     def counts(self) -> tuple[int, int, Literal["cpu", "cuda"]]:
         """Resolve `auto` on this machine.
@@ -140,6 +163,12 @@ class Profile(BaseModel):
                 "set workers_per_node to a number, or device to cpu"
             )
         return self.nodes, gpus if device == "cuda" else 2, device
+
+
+def _on_a_line(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {inner}' for key, inner in value.items())}}}"
+    return repr(value)
 
 
 def visible_gpus() -> int:
@@ -179,7 +208,10 @@ def load_profile(name_or_path: str | Path | None = None) -> Profile:
 def profile_warnings(name_or_path: str | Path | None = None) -> list[str]:
     """What a person should know of a profile that loads: secrets in a file that others can read."""
     path = find_profile(name_or_path or "local")
-    secret = sorted(name for name in load_profile(path).environment if SECRET_NAME.search(name))
+    profile = load_profile(path)
+    setup = [*profile.slurm.setup, *(profile.ssh.setup if profile.ssh else ())]
+    in_setup = [match[1].rstrip("=") for line in setup for match in SECRET_ASSIGNMENT.finditer(line)]
+    secret = sorted({*profile.secrets, *in_setup})
     if not secret or not path.stat().st_mode & 0o044:
         return []
     return [f"{path} holds {', '.join(secret)} and can be read by others; chmod 600 it"]

@@ -7,9 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 OWN_OPTIONS = frozenset(
-    {"nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "signal", "output", "error", "open-mode"}
+    {
+        *("job-name", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "gpus-per-node"),
+        *("signal", "output", "error", "open-mode"),
+    }
 )
-"""sbatch options that follow from the profile's other fields."""
+"""sbatch options that follow from the recipe and from the profile's other fields."""
 
 
 class ProfileSection(BaseModel):
@@ -53,14 +56,15 @@ class SlurmSection(ProfileSection):
     dependency: str | None = None
     """`--dependency`, such as `afterok:1234`."""
     time_limit: str | None = None
-    """`--time`: `MINUTES`, `HH:MM:SS` or `D-HH:MM:SS`. A run that needs longer saves, requeues itself and goes on."""
+    """`--time`: `MINUTES`, `HH:MM:SS` or `D-HH:MM:SS`. A run that needs longer saves, requeues itself and goes on.
+    Default: the partition's own."""
     memory_per_node: str | None = None
     """`--mem`, such as `64G`; `0` is all of a node's."""
     exclusive: bool = False
     """`--exclusive`: share the nodes with no other job."""
     options: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], str | int | bool] = Field(default_factory=dict)
     """Any other sbatch option by its long name, such as `{reservation: maintenance, array: "1-3%1"}`; true for one
-    without a value."""
+    without a value, false to leave out what is set otherwise (`requeue: false`)."""
     srun_arguments: tuple[str, ...] = ()
     """Passed to srun as they are."""
     setup: tuple[str, ...] = ()
@@ -75,7 +79,9 @@ class SlurmSection(ProfileSection):
                 f"time_limit is {self.time_limit!r}; write minutes (90), HH:MM:SS (01:30:00) or D-HH:MM:SS, in quotes"
             )
         if clash := sorted(OWN_OPTIONS & self.options.keys()):
-            raise ValueError(f"options: {', '.join(clash)} follow from other fields of the profile; leave them out")
+            raise ValueError(
+                f"options: {', '.join(clash)} follow from other fields of the profile or the recipe; leave them out"
+            )
         named = {name.replace("_", "-") for name in SlurmSection.model_fields} | {"time", "mem"}
         if clash := sorted(named & self.options.keys()):
             raise ValueError(f"options: {', '.join(clash)} are fields of their own; set them there")

@@ -4,11 +4,13 @@ python -P -m cluster.provision JOB_DIRECTORY --node INDEX [--detach]
 """
 
 import argparse
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.agent import NodeAgent, OtherNode, Place, ProvisionError, agent_command
@@ -32,8 +34,16 @@ def usable_address(address: str, index: int) -> str:
     return f"127.0.1.{1 + index}" if address.startswith("127.") else address
 
 
-def start_detached(job_directory: Path, index: int, timeout_s: float = 20.0) -> ProcessIdentity:
+def start_detached(
+    job_directory: Path, index: int, secret: Mapping[str, str] | None = None, timeout_s: float = 20.0
+) -> ProcessIdentity:
     """Start a node's agent so that it outlives this process and its terminal; returns once it is known to run.
+
+    Args:
+        job_directory: of the job.
+        index: of the node.
+        secret: more environment, which no file may hold.
+        timeout_s: how long to wait for the agent's first word.
 
     Raises:
         ProvisionError: it ended at once; the text holds what it wrote.
@@ -47,6 +57,7 @@ def start_detached(job_directory: Path, index: int, timeout_s: float = 20.0) -> 
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd="/",
+            env={**os.environ, **(secret or {})},
             start_new_session=True,
         )
     deadline = time.monotonic() + timeout_s
@@ -64,11 +75,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("job_directory", type=Path)
     parser.add_argument("--node", type=int, required=True, help="index of the node")
     parser.add_argument("--detach", action="store_true", help="start the agent, print which process it is, and leave")
+    parser.add_argument("--secrets", action="store_true", help="read more environment from standard input, as JSON")
     options = parser.parse_args(argv)
     try:
         spec = JobSpec.read(options.job_directory)
         if options.detach:
-            print(start_detached(options.job_directory, options.node))  # noqa: T201 - read by the ssh backend
+            secret = json.loads(sys.stdin.readline()) if options.secrets else {}
+            print(start_detached(options.job_directory, options.node, secret))  # noqa: T201 - read by the ssh backend
             return 0
         folder = StartFolder.of(options.job_directory, 1)
         folder.path.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ Submitting takes Ray's own client, which packs and sends the working directory. 
 that a status needs no import of Ray, which takes seconds.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -35,6 +36,10 @@ TIMEOUT_S = 10.0
 STOP_FILE = "stop"
 """In the job's directory: while it is there the driver is asked to save and end. Ray itself would give it 3 seconds."""
 
+HIDDEN = "<redacted>"
+RAYS_EXCLUDES = (".git", ".venv", "venv", "__pycache__")
+"""What Ray never sends: RAY_RUNTIME_ENV_DEFAULT_EXCLUDES of `ray/_private/ray_constants.py`."""
+
 STATES = {
     "PENDING": JobState.PENDING,
     "RUNNING": JobState.RUNNING,
@@ -49,8 +54,11 @@ class RayJobsBackend:
     """Submits to the Jobs API of the cluster that the profile or RAY_ADDRESS names."""
 
     def render(self, request: JobRequest) -> str:
-        """See `Backend.render`: the request as JSON."""
-        return json.dumps(_job(request), indent=2) + "\n"
+        """See `Backend.render`: the request as JSON, with secrets taken out."""
+        job = _job(request)
+        shown = dict.fromkeys(request.profile.secrets, HIDDEN)
+        job["runtime_env"]["env_vars"] = {**job["runtime_env"]["env_vars"], **shown}
+        return json.dumps(job, indent=2) + "\n"
 
     def submit(self, request: JobRequest) -> Submission:
         """See `Backend.submit`."""
@@ -121,8 +129,7 @@ def _job(request: JobRequest) -> dict[str, Any]:
     }
     if section.working_directory is not None:
         runtime_env["working_dir"] = str(Path(section.working_directory).expanduser().absolute())
-        # Ray leaves out what the folder's .gitignore names, too.
-        runtime_env["excludes"] = list(section.excludes)
+        runtime_env["excludes"] = [*_ignored(Path(runtime_env["working_dir"])), *section.excludes]
     if section.requirements:
         runtime_env["pip"] = list(section.requirements)
     return {
@@ -130,6 +137,16 @@ def _job(request: JobRequest) -> dict[str, Any]:
         "runtime_env": runtime_env,
         "metadata": {"name": request.name, "run_directory": str(request.run_directory)},
     }
+
+
+def _ignored(folder: Path) -> list[str]:
+    """What Ray leaves out of a working directory without being told: said outright, so that the request shows it."""
+    patterns = list(RAYS_EXCLUDES)
+    for name in (".gitignore", ".rayignore"):
+        with contextlib.suppress(FileNotFoundError):
+            lines = (line.strip() for line in (folder / name).read_text().splitlines())
+            patterns += [line for line in lines if line and not line.startswith("#")]
+    return patterns
 
 
 def api_url(request: JobRequest) -> str:

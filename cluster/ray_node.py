@@ -77,10 +77,12 @@ class NodeResources:
     Attributes:
         cpus: cores.
         gpus: GPUs; 0 hides them from Ray.
+        memory: bytes; None: what Ray finds.
     """
 
     cpus: float
     gpus: int = 0
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,7 @@ def _start(
         *(f"--node-ip-address={address}", f"--temp-dir={temporary}"),
         *(f"--num-cpus={math.ceil(resources.cpus)}", f"--num-gpus={resources.gpus}"),
         f"--object-store-memory={OBJECT_STORE_BYTES}",
+        *([] if resources.memory is None else [f"--memory={resources.memory}"]),
         "--include-log-monitor=false",  # no log forwarding: ranks write their own logs
         *("--min-worker-port=0", "--max-worker-port=0"),  # any free ones: Ray's fixed range is every job's
         *options,

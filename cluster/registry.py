@@ -79,7 +79,7 @@ def _read(path: Path) -> JobRecord | None:
         values = json.loads(path.read_bytes())
         if not isinstance(values, dict) or not values.keys() <= _FIELDS:
             return None
-        return JobRecord(**{**values, "argv": tuple(values["argv"])})
+        return JobRecord(**{**values, "argv": tuple(values["argv"]), "point": tuple(values.get("point", ()))})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -99,7 +99,10 @@ def find(text: str, jobs_folder: Path | None = None) -> JobRecord:
     if exact:
         return exact[0]
     if jobs_folder is not None and jobs_folder.parent.is_dir():
-        return _of_run(jobs_folder, known)
+        jobs = of_run(jobs_folder, known)
+        if not jobs:
+            raise JobLookupError(f"{jobs_folder.parent} has no job: nothing was submitted for it")
+        return jobs[-1]
     matches = [record for record in known if text and record.id.startswith(text)]
     matches = matches or [record for record in known if record.backend_id == text]
     if len(matches) == 1:
@@ -123,12 +126,20 @@ def _ago(moment: float) -> str:
     return f"{seconds:.0f} seconds ago"
 
 
-def _of_run(jobs_folder: Path, known: list[JobRecord]) -> JobRecord:
-    """The newest job of a run, adopted if its record is lost."""
+def of_run(jobs_folder: Path, known: list[JobRecord] | None = None) -> list[JobRecord]:
+    """The jobs of a run, oldest first; those whose records are lost are adopted.
+
+    Args:
+        jobs_folder: where the run keeps them.
+        known: all records, when the caller has them.
+    """
     run_directory = str(jobs_folder.parent)
+    known = records() if known is None else known
     own = {record.id: record for record in known if record.run_directory == run_directory}
+    elsewhere = {record.id: Path(record.run_directory) for record in known if record.id not in own}
     for record in _copies(jobs_folder):
-        if record.id not in own:
+        # A folder that was copied, and not moved, holds records of jobs that are not its own.
+        if record.id not in own and not (record.id in elsewhere and elsewhere[record.id].is_dir()):
             # The run's directory may have been moved since: what lies in it says where it is now.
             moved = {
                 "run_directory": run_directory,
@@ -136,9 +147,7 @@ def _of_run(jobs_folder: Path, known: list[JobRecord]) -> JobRecord:
             }
             own[record.id] = JobRecord(**{**vars(record), **moved})
             _adopt(own[record.id])
-    if not own:
-        raise JobLookupError(f"{run_directory} has no job: nothing was submitted for it")
-    return max(own.values(), key=lambda record: record.submitted)
+    return sorted(own.values(), key=lambda record: record.submitted)
 
 
 def _copies(jobs_folder: Path) -> Iterator[JobRecord]:

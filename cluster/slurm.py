@@ -6,10 +6,11 @@ Works where accounting (sacct) is not available: states come from squeue and fro
 import contextlib
 import io
 import math
+import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,14 @@ from cluster.types import JobRecord, JobRequest, JobState, JobStatus, Log, Submi
 if TYPE_CHECKING:  # see cluster.types
     from cluster.profile_sections import ContainerSection, SlurmSection
 
-DEFAULT_MINUTES = 0
-"""`--time=0`: as long as the partition allows."""
-
 SIGNAL_SLACK_S = 60
 """sbatch(1), --signal: the signal may come this much earlier than said."""
+
+RAY_BYTES = 2**30
+"""What Ray's own processes and its object store take on a node, beside the workers."""
+
+OUTPUT_LINES = 5
+"""Of the batch script's output, in the reason of a job that ended before its first node's agent began."""
 
 ALREADY_GONE = "Invalid job id specified"
 """What scancel says of a job that has ended."""
@@ -50,7 +54,8 @@ class SlurmBackend:
         make_job_directory(request.job_directory)
         spec_of(request).write(request.job_directory)
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what its error says
+            # submitit repeats on stderr what its error says. Slurm hands the environment of sbatch on to the job.
+            with contextlib.redirect_stderr(io.StringIO()), _environment(request.profile.secrets):
                 job_id = str(executor.submit(SlurmTask(str(request.job_directory))).job_id)
         except FileNotFoundError as error:
             shutil.rmtree(request.job_directory)
@@ -112,18 +117,21 @@ def _executor(request: JobRequest) -> Any:
     from submitit.slurm.slurm import SlurmExecutor
 
     class Executor(SlurmExecutor):  # type: ignore[misc]  # submitit has no types
-        """Renders where Slurm is not installed, too."""
+        """Renders where Slurm is not installed, too, and `--nodes=MIN-MAX`."""
 
         @classmethod
         def affinity(cls) -> int:
             return 1
+
+        def _num_tasks(self) -> int:
+            return request.nodes
 
     if bad := sorted({character for character in str(request.job_directory) if character in "%\n\r\\"}):
         raise BackendError(
             f"run directory {str(request.run_directory)!r}: Slurm cannot write logs into a path that holds "
             f"{', '.join(map(repr, bad))}; name another one with --run-dir"
         )
-    slurm = request.profile.slurm
+    slurm, fewest = request.profile.slurm, request.profile.min_nodes
     minutes = slurm.time_limit_minutes
     if minutes is not None and minutes * 60 <= request.save_before_end_seconds + SIGNAL_SLACK_S:
         raise BackendError(
@@ -134,12 +142,12 @@ def _executor(request: JobRequest) -> Any:
     executor = Executor(folder=request.job_directory, python=_python(slurm.container))
     parameters: dict[str, Any] = {
         "job_name": request.name,
-        "nodes": request.nodes,
+        "nodes": request.nodes if fewest is None else f"{fewest}-{request.nodes}",
         "ntasks_per_node": 1,
         "cpus_per_task": math.ceil(request.cpus_per_node),
         "gpus_per_node": request.gpus_per_node if request.gpus_per_node and slurm.gres is None else None,
-        "time": minutes or DEFAULT_MINUTES,
-        "mem": slurm.memory_per_node,
+        "time": minutes,
+        "mem": _memory(request),
         "exclusive": slurm.exclusive or None,
         "signal_delay_s": request.save_before_end_seconds,
         "stderr_to_stdout": True,
@@ -147,11 +155,38 @@ def _executor(request: JobRequest) -> Any:
         "setup": list(slurm.setup) or None,
         "teardown": _requeue_lines(request.job_directory),
         "srun_args": ["--kill-on-bad-exit=1", *_container_arguments(slurm.container), *slurm.srun_arguments],
-        "additional_parameters": {"requeue": True, "chdir": str(request.run_directory), **slurm.options},
+        "additional_parameters": _options(request),
         **_plain_options(slurm),
     }
     executor.update_parameters(**parameters)
     return executor
+
+
+def _options(request: JobRequest) -> dict[str, Any]:
+    """Options of sbatch that submitit does not know; one that is set to false is left out."""
+    options = {"requeue": True, "chdir": str(request.run_directory), **request.profile.slurm.options}
+    return {name: value for name, value in options.items() if value is not False}
+
+
+def _memory(request: JobRequest) -> str | None:
+    if request.memory_per_node is None:
+        return request.profile.slurm.memory_per_node
+    return f"{math.ceil((request.memory_per_node + RAY_BYTES) / 2**20)}M"
+
+
+@contextlib.contextmanager
+def _environment(more: Mapping[str, str]) -> Iterator[None]:
+    """Have more in this process's environment for a moment."""
+    before = {name: os.environ.get(name) for name in more}
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _plain_options(slurm: "SlurmSection") -> dict[str, str | None]:
@@ -224,11 +259,20 @@ def _combine(record: JobRecord, job: SlurmJob) -> JobStatus:
         case JobState.FAILED if outcome is not None and job.state == "FAILED":
             return JobStatus(told.state, job.state, told.reason, nodes, told.starts)
         case JobState.FAILED if start is None:
-            reason = f"nothing was written to {record.job_directory}; do its nodes ({job.nodes}) see that folder?"
-            return JobStatus(JobState.FAILED, job.state, EXPLANATIONS.get(job.state, reason), nodes)
+            reason = EXPLANATIONS.get(job.state) or _before_any_start(record, job)
+            return JobStatus(JobState.FAILED, job.state, reason, nodes)
         case state:
             reason = EXPLANATIONS.get(job.state, outcome.message if outcome else job.reason)
             return JobStatus(state, job.state, reason, nodes, told.starts)
+
+
+def _before_any_start(record: JobRecord, job: SlurmJob) -> str:
+    """Why a job has failed of which no agent says anything: what its batch script wrote, if it could."""
+    outputs = [(path, path.read_text(errors="replace")) for path in Path(record.job_directory).glob("*_log.out")]
+    for path, text in sorted(outputs, key=lambda output: output[0].stat().st_mtime, reverse=True):
+        if lines := text.strip().splitlines():
+            return "\n".join([f"it failed before ZeroFleet began on its nodes; {path} ends:", *lines[-OUTPUT_LINES:]])
+    return f"nothing was written to {record.job_directory}; do its nodes ({job.nodes}) see that folder?"
 
 
 def _forgotten(told: JobStatus) -> JobStatus:

@@ -47,7 +47,7 @@ class SlurmTask:
         names = tuple(slurm.hostnames)
         address = usable_address(own_address(slurm.node, names), slurm.node)
         place = Place(slurm.node, names, address, f"slurm/{slurm.raw_job_id}")
-        spec = JobSpec.read(job_directory)
+        spec = replace(JobSpec.read(job_directory), nodes=len(names))  # of --nodes=MIN-MAX what there was
         agent_class: type[NodeAgent] = OtherNode if slurm.node else SlurmFirstNode
         outcome = agent_class(spec, job_directory, folder, place).run()
         raise SystemExit(exit_code(outcome))

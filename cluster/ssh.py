@@ -1,5 +1,6 @@
 """Jobs on hosts that ssh reaches with the user's own configuration: an agent on each, detached from the connection."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from cluster.agent import agent_command
 from cluster.errors import BackendError
 from cluster.job_files import log_of, make_job_directory, spec_of, status_from_files
 from cluster.processes import ProcessIdentity
+from cluster.start_folder import NodeReport, StartFolder
 from cluster.types import JobRecord, JobRequest, JobState, JobStatus, Log, Submission
 
 if TYPE_CHECKING:  # see cluster.types
@@ -46,9 +48,14 @@ class SshBackend:
         """How the agents are started, a command a host."""
         commands = []
         for index, host in enumerate(_hosts(section, request.nodes)):
-            python, *arguments = agent_command(request.job_directory, index, "--detach")
+            # The driver, which passes them on to the workers, is on the first host.
+            secret = ("--secrets",) if index == 0 and request.profile.secrets else ()
+            python, *arguments = agent_command(request.job_directory, index, "--detach", *secret)
             start = shlex.join([section.python or python, *arguments])
-            commands.append(ssh_command(host, section.options, " && ".join([*section.setup, start])))
+            setup = " && ".join(section.setup)
+            if setup and secret:
+                setup = f"{{ {setup}; }} < /dev/null"  # standard input is for what comes after it
+            commands.append(ssh_command(host, section.options, f"{setup} && {start}" if setup else start))
         return commands
 
     def submit(self, request: JobRequest) -> Submission:
@@ -58,19 +65,29 @@ class SshBackend:
         commands = self._commands(request, section)
         make_job_directory(request.job_directory)
         spec_of(request, addresses=section.addresses[: request.nodes], names=hosts).write(request.job_directory)
-        started = _at_once(lambda index: _start(hosts[index], commands[index]), range(request.nodes))
+        secrets = json.dumps(request.profile.secrets) + "\n" if request.profile.secrets else None
+        started = _at_once(
+            lambda index: _start(hosts[index], commands[index], secrets if index == 0 else None), range(request.nodes)
+        )
         processes = {host: process for host, process in zip(hosts, started, strict=True) if isinstance(process, str)}
-        problems = [
-            f"  {host}: {why}" for host, why in zip(hosts, started, strict=True) if isinstance(why, BackendError)
-        ]
-        if problems:
+        absent = {
+            index: (host, why)
+            for index, (host, why) in enumerate(zip(hosts, started, strict=True))
+            if isinstance(why, BackendError)
+        }
+        if absent and (0 in absent or len(processes) < (request.profile.min_nodes or request.nodes)):
             _at_once(lambda host: _kill(host, section.options, processes[host], "QUIT"), list(processes))
+            problems = [f"  {host}: {why}" for host, why in absent.values()]
             raise BackendError(
                 "\n".join([f"the job cannot start on {len(problems)} of {len(hosts)} hosts:", *problems])
             )
+        for index, (host, why) in absent.items():  # of an elastic job, which goes on without them
+            folder = StartFolder.of(request.job_directory, 1)
+            folder.path.mkdir(exist_ok=True)
+            folder.report(index, NodeReport(host, "", "", "failed", str(why)))
         facts = {
-            "hosts": list(hosts),
-            "processes": [processes[host] for host in hosts],
+            "hosts": list(processes),
+            "processes": list(processes.values()),
             "options": list(section.options),
         }
         return Submission(f"{hosts[0]}:{ProcessIdentity.parse(processes[hosts[0]]).pid}", facts)
@@ -172,25 +189,25 @@ def _at_once(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         return list(pool.map(function, items))
 
 
-def _start(host: str, command: list[str]) -> str | BackendError:
+def _start(host: str, command: list[str], secrets: str | None) -> str | BackendError:
     """Start an agent; its process, or why there is none."""
     try:
-        return str(ProcessIdentity.parse(_run(host, command).strip().splitlines()[-1]))
+        return str(ProcessIdentity.parse(_run(host, command, told=secrets).strip().splitlines()[-1]))
     except BackendError as error:
         return error
     except (ValueError, IndexError):
         return BackendError("it answered, but started nothing; does a command in ssh.setup print or exit?")
 
 
-def _run(host: str, command: list[str], *, may_fail: bool = False) -> str:
-    """Run an ssh command and return its output.
+def _run(host: str, command: list[str], *, may_fail: bool = False, told: str | None = None) -> str:
+    """Run an ssh command, with `told` on its standard input, and return its output.
 
     Raises:
         BackendError: ssh does not get there, or the command fails there (unless it may); the text holds their words.
     """
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+            command, input=told or "", capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
         )
     except FileNotFoundError as error:
         raise BackendError("ssh is not installed here") from error

@@ -21,12 +21,12 @@ SPEC_FILE = "spec.json"
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What the nodes of a job need to know; plain data in `spec.json`, mode 0600 because of the environment.
+    """What the nodes of a job need to know; plain data in `spec.json`, mode 0600.
 
     Attributes:
         name: of the run.
         argv: the driver's command line.
-        environment: set for the driver and, by it, for the workers.
+        environment: set for the driver and, by it, for the workers; without secrets.
         working_directory: of the driver.
         nodes: machines.
         cpus_per_node: cores that Ray hands out on each.
@@ -37,6 +37,9 @@ class JobSpec:
         addresses: of the nodes, when they are known beforehand.
         names: of the nodes, when they are known beforehand.
         spawn_peers: the first node's process starts those of the others, on the same machine.
+        secret_names: of variables that the agents have in their own environment, because no file may hold them.
+        min_nodes: fewest machines to go on with when others do not come; None: all are needed.
+        memory_per_node: bytes that Ray hands out on each; None: what Ray finds.
         submitted: Unix time.
         node_timeout_s: how long a lost node may stay unnoticed.
     """
@@ -54,6 +57,9 @@ class JobSpec:
     addresses: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     spawn_peers: bool = False
+    secret_names: tuple[str, ...] = ()
+    min_nodes: int | None = None
+    memory_per_node: int | None = None
     submitted: float = field(default_factory=time.time)
     node_timeout_s: float = DEFAULT_NODE_TIMEOUT_S
 
@@ -75,7 +81,7 @@ class JobSpec:
                 "the run directory must lie on a file system that all nodes share; set it with --run-dir"
             )
         known = {name.name for name in fields(cls)}
-        tuples = {key: tuple(values[key]) for key in ("argv", "addresses", "names")}
+        tuples = {key: tuple(values[key]) for key in ("argv", "addresses", "names", "secret_names")}
         return cls(**{**{key: value for key, value in values.items() if key in known}, **tuples})
 
 
@@ -137,7 +143,8 @@ class StartFolder:
     @classmethod
     def all_of(cls, job_directory: Path) -> list["StartFolder"]:
         """Folders of a job's starts so far, in order."""
-        return [cls(path) for path in sorted(job_directory.glob("start_*"))]
+        numbers = (path.name.removeprefix("start_") for path in job_directory.glob("start_*"))
+        return [cls.of(job_directory, number) for number in sorted(int(text) for text in numbers if text.isdecimal())]
 
     def node_log(self, index: int) -> Path:
         """Output of a node's agent; the driver's output too for node 0."""

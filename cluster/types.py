@@ -65,6 +65,7 @@ class JobRequest:
         gpus_per_node: GPUs on each.
         save_before_end_seconds: how long before the end of its time the job must save and stop.
         progress_directory: a folder whose contents change when the run gets on (its checkpoints).
+        memory_per_node: bytes that Ray hands out on each; None: what Ray finds.
         node_timeout_seconds: how long a node of a Ray that is started for the job may be gone unnoticed.
     """
 
@@ -78,6 +79,7 @@ class JobRequest:
     gpus_per_node: int
     save_before_end_seconds: int
     progress_directory: Path
+    memory_per_node: int | None = None
     node_timeout_seconds: float = DEFAULT_NODE_TIMEOUT_S
 
 
@@ -97,6 +99,7 @@ class JobRecord:
         profile: name of the profile.
         nodes: machines asked for.
         sweep: id of the sweep it belongs to, or empty.
+        point: what of the recipe was set for it in the sweep, `key=value` each.
         facts: what the backend needs to find the job again.
     """
 
@@ -111,6 +114,7 @@ class JobRecord:
     profile: str
     nodes: int
     sweep: str = ""
+    point: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
 

@@ -44,7 +44,7 @@ class JobView:
         record = asdict(self.record)
         status = asdict(self.status)
         facts = {key: record[key] for key in ("id", "name", "backend", "backend_id", "run_directory", "job_directory")}
-        more = {key: record[key] for key in ("profile", "nodes", "sweep", "submitted", "argv")}
+        more = {key: record[key] for key in ("profile", "nodes", "sweep", "point", "submitted", "argv")}
         status["node_names"] = status.pop("nodes")
         progress = {key: value for key, value in self.progress.items() if key != "moments"}
         return {**facts, **status, **more, "progress": progress, "phases": self.phases}
@@ -106,8 +106,17 @@ def jobs_of_sweep(sweep: str) -> list[JobRecord]:
     return found
 
 
-def log_of(record: JobRecord, *, rank: int | None = None, node: int = 0, start: int | None = None) -> Log:
+def log_of(
+    record: JobRecord, *, rank: int | None = None, node: int = 0, start: int | None = None, may_come: bool = False
+) -> Log:
     """A log of a job: of the driver and its node (default), of another node, or of a rank.
+
+    Args:
+        record: the job.
+        rank: whose log.
+        node: whose log, without a rank.
+        start: which start of a requeued job, without a rank.
+        may_come: take a rank's log that is not there yet.
 
     Raises:
         ExpectedError: there is no such log.
@@ -116,7 +125,7 @@ def log_of(record: JobRecord, *, rank: int | None = None, node: int = 0, start: 
         return backend_for(record.backend).log(record, node, start)
     directory = RunDirectory.at(record.run_directory)
     path = directory.rank_log(rank)
-    if not path.exists():
+    if not path.exists() and not may_come:
         ranks = sorted(int(found.stem.removeprefix("rank_")) for found in directory.logs.glob("rank_*.log"))
         there = f"there are {ranks[0]} to {ranks[-1]}" if ranks else "no worker has started yet"
         raise ExpectedError(f"{directory.logs} has no log of rank {rank}; {there}")
@@ -171,8 +180,16 @@ def draft_profile(backend: str) -> str:
         ExpectedError: no such backend, or its scheduler does not answer.
     """
     from cluster.draft import draft
+    from launcher.errors import PlanError
+    from launcher.planning.accelerators import find_accelerator
 
-    return draft(backend)
+    def accelerator(name: str) -> str | None:
+        try:
+            return find_accelerator(name).name
+        except PlanError:
+            return None
+
+    return draft(backend, accelerator)
 
 
 def is_over(record: JobRecord) -> bool:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
-from cluster.profile import SECRET_NAME, Profile
+from cluster.profile import SECRET_ASSIGNMENT, SECRET_NAME, Profile
 from launcher.run_directory import write_atomically
 
 REDACTED = "<redacted>"
@@ -35,9 +35,9 @@ def record_provenance(path: Path, profile: Profile) -> None:
 def collect(profile: Profile) -> dict[str, Any]:
     """What is about to run."""
     described = profile.model_dump(mode="json")
-    described["environment"] = {
-        name: REDACTED if SECRET_NAME.search(name) else value for name, value in profile.environment.items()
-    }
+    described["environment"] = {**profile.environment, **dict.fromkeys(profile.secrets, REDACTED)}
+    for section in (described["slurm"], described["ssh"] or {}):
+        section["setup"] = [SECRET_ASSIGNMENT.sub(rf"\1{REDACTED}", line) for line in section.get("setup", ())]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import psutil
 from cluster import registry
 from cluster.backends import backend_for
 from cluster.profile import Profile
+from cluster.ray_node import NodeResources
 from cluster.types import DEFAULT_NODE_TIMEOUT_S, JobRecord, JobRequest, JobState
 from launcher.errors import ExpectedError
 from launcher.orchestration.connecting import connect
@@ -45,6 +46,7 @@ def resources_of(profile: Profile) -> Resources:
         min_nodes=profile.min_nodes,
         accelerator=profile.accelerator,
         host_memory=_host_memory(profile),
+        memory_per_worker=profile.memory_per_worker,
     )
 
 
@@ -52,15 +54,21 @@ def _host_memory(profile: Profile) -> int | None:
     """Bytes of each node: as the profile says, or this machine's where that is the node."""
     if profile.host_memory_gib is not None:
         return int(profile.host_memory_gib * 2**30)
+    if profile.memory_per_worker is not None:
+        return profile.memory_per_worker * profile.counts()[1]
     if profile.backend != "local" or os.environ.get("RAY_ADDRESS"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // profile.nodes
 
 
-def node_resources(resources: Resources) -> tuple[float, int]:
-    """CPUs and GPUs that Ray hands out on each node."""
-    workers = resources.workers_per_node
-    return resources.cpus_per_worker * workers, workers if resources.device == "cuda" else 0
+def node_resources(resources: Resources) -> NodeResources:
+    """What Ray hands out on each node."""
+    workers, memory = resources.workers_per_node, resources.memory_per_worker
+    return NodeResources(
+        cpus=resources.cpus_per_worker * workers,
+        gpus=workers if resources.device == "cuda" else 0,
+        memory=None if memory is None else memory * workers,
+    )
 
 
 def write_run(run_directory: RunDirectory, plan: Plan, profile: Profile | None = None) -> None:
@@ -134,7 +142,7 @@ def _ray(
         return
     from cluster.local import local_ray
 
-    with local_ray(*node_resources(resources), resources.nodes, node_timeout_s) as ray:
+    with local_ray(node_resources(resources), resources.nodes, node_timeout_s) as ray:
         before = {name: os.environ.get(name) for name in ray.environment}
         os.environ.update(ray.environment)
         try:
@@ -157,7 +165,7 @@ def _disconnect() -> None:
 
 def make_request(plan: Plan, profile: Profile, run_directory: RunDirectory) -> JobRequest:
     """What a backend needs to run a plan; the same for a dry run and for the real one."""
-    cpus, gpus = node_resources(plan.resources)
+    node = node_resources(plan.resources)
     return JobRequest(
         name=plan.recipe.name,
         run_directory=run_directory.path,
@@ -166,8 +174,9 @@ def make_request(plan: Plan, profile: Profile, run_directory: RunDirectory) -> J
         argv=(sys.executable, "-P", "-m", "launcher.orchestration.driver", str(run_directory.path)),
         profile=profile,
         nodes=plan.resources.nodes,
-        cpus_per_node=cpus,
-        gpus_per_node=gpus,
+        cpus_per_node=node.cpus,
+        gpus_per_node=node.gpus,
+        memory_per_node=node.memory,
         save_before_end_seconds=plan.recipe.fault_tolerance.save_before_end_seconds,
         progress_directory=run_directory.checkpoints,
         node_timeout_seconds=plan.recipe.fault_tolerance.node_timeout_seconds,
@@ -179,7 +188,9 @@ def render_job(plan: Plan, profile: Profile, run_directory: RunDirectory) -> str
     return backend_for(profile.backend).render(make_request(plan, profile, run_directory))
 
 
-def submit_job(plan: Plan, profile: Profile, run_directory: RunDirectory, *, sweep: str = "") -> JobRecord:
+def submit_job(
+    plan: Plan, profile: Profile, run_directory: RunDirectory, *, sweep: str = "", point: Sequence[str] = ()
+) -> JobRecord:
     """Send a run to the profile's backend, where it goes on without this process.
 
     Args:
@@ -187,6 +198,7 @@ def submit_job(plan: Plan, profile: Profile, run_directory: RunDirectory, *, swe
         profile: where.
         run_directory: of the run.
         sweep: id of the sweep it belongs to.
+        point: what of the recipe is set for it in the sweep.
 
     Raises:
         BackendError: it was refused.
@@ -213,6 +225,7 @@ def submit_job(plan: Plan, profile: Profile, run_directory: RunDirectory, *, swe
         profile=profile.name,
         nodes=request.nodes,
         sweep=sweep,
+        point=tuple(point),
         facts=submission.facts,
     )
     while True:
@@ -226,9 +239,7 @@ def submit_job(plan: Plan, profile: Profile, run_directory: RunDirectory, *, swe
 
 def _refuse_second_job(run_directory: RunDirectory) -> None:
     """Two drivers in one run directory would overwrite each other's checkpoints."""
-    for record in registry.records():
-        if record.run_directory != str(run_directory.path):
-            continue
+    for record in registry.of_run(run_directory.jobs):
         status = backend_for(record.backend).states([record])[record.id]
         if status.state in (JobState.PENDING, JobState.RUNNING):
             raise ExpectedError(

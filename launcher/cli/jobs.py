@@ -31,10 +31,21 @@ def jobs(
         return
     if not views:
         print("no job was submitted yet: zerofleet submit RECIPE --profile PROFILE")
-    for row in _table([["JOB", "NAME", "STATE", "WHERE", "STEP", "LOSS", "AGE", "RUN DIRECTORY"], *map(_row, views)]):
+    header = ["JOB", "NAME", "STATE", "WHERE", "STEP", "LOSS", "AGE", "RUN DIRECTORY"]
+    rows = [header, *map(_row, views)]
+    if sweep is not None:
+        points = [["VALUES"], *([what_varies(view, views)] for view in views)]
+        rows = [[*row[:6], *point, *row[6:]] for row, point in zip(rows, points, strict=True)]
+    for row in _table(rows):
         print(row)
     if len(chosen) > len(views):
         print(f"{len(chosen) - len(views)} older ones are not shown: zerofleet jobs --all")
+
+
+def what_varies(view: "JobView", views: "list[JobView]") -> str:
+    """Of a point of a sweep, what not all of its points have."""
+    shared = set(view.record.point).intersection(*(other.record.point for other in views)) if len(views) > 1 else set()
+    return " ".join(part for part in view.record.point if part not in shared) or "-"
 
 
 def _row(view: "JobView") -> list[str]:

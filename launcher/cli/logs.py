@@ -39,8 +39,9 @@ def logs(
         raise ExpectedError("--follow goes neither with --json nor with --attempt")
     record = find_job(job)
     if follow:
-        for content in follow_log(record, lambda: log_of(record, rank=rank, node=node, start=start)):
+        for content in follow_log(record, lambda: log_of(record, rank=rank, node=node, start=start, may_come=True)):
             _write(content)
+        log_of(record, rank=rank, node=node, start=start)  # says it when there was none to the end
         return
     log = log_of(record, rank=rank, node=node, start=start)
     text = log.read(0).decode(errors="replace")

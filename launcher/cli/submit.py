@@ -76,7 +76,7 @@ def sweep(
         if dry_run:
             print(f"# {directory.path}: {' '.join(point)}\n{render_job(plan, where, directory)}")
         else:
-            records.append(submit_job(plan, where, directory, sweep=sweep_id))
+            records.append(submit_job(plan, where, directory, sweep=sweep_id, point=point))
     if records:
         _tell(records, as_json=as_json)
         if not as_json:

@@ -25,6 +25,7 @@ class GroupShape:
         environment: set in every worker.
         warm: keep spare workers.
         warm_after_seconds: of training, before they are started.
+        memory_per_worker: bytes of each rank; None: not counted.
         memory: keep states in the nodes' memory.
     """
 
@@ -35,6 +36,7 @@ class GroupShape:
     environment: dict[str, str]
     warm: bool = False
     warm_after_seconds: float = 0.0
+    memory_per_worker: int | None = None
     memory: bool = False
 
     @property
@@ -43,6 +45,8 @@ class GroupShape:
         bundle = {"CPU": self.cpus_per_worker * self.workers_per_node}
         if self.device == "cuda":
             bundle["GPU"] = float(self.workers_per_node)
+        if self.memory_per_worker is not None:
+            bundle["memory"] = float(self.memory_per_worker * self.workers_per_node)
         return bundle
 
 
@@ -71,9 +75,9 @@ def reserve(shape: GroupShape, avoid: Sequence[str] = (), doubtful: Collection[s
     if not group.wait(PLACEMENT_TIMEOUT_S):
         remove_placement_group(group)
         raise ResourceError(
-            f"the cluster has the resources for {shape.nodes} x {shape.bundle}, "
+            f"the cluster has the resources for {shape.nodes} x {_readable(shape.bundle)}, "
             "but other work holds them: free now "
-            f"are {_readable(ray.available_resources())}; waited {PLACEMENT_TIMEOUT_S:.0f} s"
+            f"are {_readable(ray.available_resources(), shape.bundle)}; waited {PLACEMENT_TIMEOUT_S:.0f} s"
         )
     return group
 
@@ -97,7 +101,8 @@ def check_cluster(shape: GroupShape) -> None:
     if len(fitting) >= shape.nodes:
         return
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    has = "; ".join(f"{node['NodeManagerHostname']} has {_readable(node['Resources'])}" for node in nodes) or "no node"
+    has = "; ".join(f"{node['NodeManagerHostname']} has {_readable(node['Resources'], bundle)}" for node in nodes)
+    has = has or "no node"
     raise ResourceError(
         f"the profile asks for {shape.nodes} node(s) with {_readable(bundle)} each "
         f"({shape.workers_per_node} workers of "
@@ -106,6 +111,8 @@ def check_cluster(shape: GroupShape) -> None:
     )
 
 
-def _readable(resources: dict[str, float]) -> str:
-    shown = {key: value for key, value in resources.items() if key in ("CPU", "GPU")}
-    return ", ".join(f"{value:g} {key}" for key, value in sorted(shown.items())) or "nothing"
+def _readable(resources: dict[str, float], asked: Collection[str] = ("memory",)) -> str:
+    shown = [f"{value:g} {key}" for key, value in sorted(resources.items()) if key in ("CPU", "GPU")]
+    if "memory" in asked and "memory" in resources:
+        shown.append(f"{resources['memory'] / 2**30:.1f} GiB")
+    return ", ".join(shown) or "nothing"

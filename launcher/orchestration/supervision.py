@@ -57,6 +57,7 @@ def supervise(
         | fault_plan.environment(),
         warm=plan.resources.device == "cpu" and plan.recipe.fault_tolerance.warm_workers,
         warm_after_seconds=plan.recipe.fault_tolerance.warm_workers_after_seconds,
+        memory_per_worker=plan.resources.memory_per_worker,
         memory=plan.recipe.fault_tolerance.memory_checkpoint is not None,
     )
     elastic = Elastic(plan, run_directory) if plan.resources.min_nodes is not None else None

@@ -39,6 +39,7 @@ class Resources(BaseModel):
             is not known, and then neither time nor what fits is estimated.
         network: between nodes, by a name of the catalogue; `None` for the one that is usual with the accelerator.
         host_memory: bytes of each node; `None` when it is not known.
+        memory_per_worker: bytes that Ray reserves for each worker; `None` for none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +53,7 @@ class Resources(BaseModel):
     accelerator: str | None = None
     network: str | None = None
     host_memory: int | None = Field(default=None, gt=0)
+    memory_per_worker: int | None = Field(default=None, gt=0)
 
     @property
     def world_size(self) -> int:

@@ -33,7 +33,13 @@ def ended_job(tmp_path: Path) -> Callable[..., JobRecord]:
     """A job of which only files are left: it was started, trained and ended."""
 
     def make(
-        job_id: str = "bakemotu", *, state: str = "completed", sweep: str = "", name: str = "tiny", **progress
+        job_id: str = "bakemotu",
+        *,
+        state: str = "completed",
+        sweep: str = "",
+        point: tuple[str, ...] = (),
+        name: str = "tiny",
+        **progress,
     ) -> JobRecord:
         run_directory = tmp_path / "runs" / job_id
         job_directory = run_directory / "jobs" / "0001"
@@ -74,6 +80,7 @@ def ended_job(tmp_path: Path) -> Callable[..., JobRecord]:
             "local",
             1,
             sweep,
+            point,
             {"host": os.uname().nodename, "process": "boot/1/1"},
         )
         registry.add(record)
@@ -112,10 +119,18 @@ def test_without_jobs():
 
 
 def test_a_sweep_is_compared(ended_job, capsys, monkeypatch):
-    ended_job("bakemotu", sweep="ab12cd", eval_loss=3.0)
-    ended_job("dusatiro", sweep="ab12cd", eval_loss=2.5)
+    shared = ("max_steps=20",)
+    ended_job("bakemotu", sweep="ab12cd", point=("learning_rate=1e-4", *shared), eval_loss=3.0)
+    ended_job("dusatiro", sweep="ab12cd", point=("learning_rate=3e-4", *shared), eval_loss=2.5)
     ended_job("fasolati")
-    assert [line.split()[5] for line in invoke("jobs", "--sweep", "ab12cd").splitlines()[1:]] == ["3.0000", "2.5000"]
+    rows = [line.split() for line in invoke("jobs", "--sweep", "ab12cd").splitlines()]
+    assert [row[5:7] for row in rows] == [
+        ["LOSS", "VALUES"],
+        ["3.0000", "learning_rate=1e-4"],
+        ["2.5000", "learning_rate=3e-4"],
+    ]
+    point = json.loads(invoke("jobs", "--sweep", "ab12cd", "--json"))[1]["point"]
+    assert point == ["learning_rate=3e-4", "max_steps=20"]
     assert refused(capsys, monkeypatch, "jobs", "--sweep", "zz") == "no sweep 'zz'; known are ab12cd"
 
 
@@ -157,8 +172,10 @@ def test_logs_of_node_rank_and_attempt(ended_job, capsys, monkeypatch):
     assert invoke("logs", "bakemotu", "--rank", "0", "--attempt", "-1").startswith("=== attempt of 2\nsecond\n")
     assert json.loads(invoke("logs", "bakemotu", "--json"))["content"] == "ray: 1 of 1 nodes are up\n"
     assert invoke("logs", "bakemotu", "--follow") == "ray: 1 of 1 nodes are up\n", "it has ended"
+    assert invoke("logs", "bakemotu", "--follow", "--rank", "0").endswith("=== attempt of 2\nsecond\n")
     for arguments, told in {
         ("--rank", "3"): "no log of rank 3; there are 0 to 0",
+        ("--rank", "3", "--follow"): "no log of rank 3; there are 0 to 0",
         ("--rank", "0", "--attempt", "3"): "there is no attempt 3: the log holds 2",
         ("--attempt", "1"): "--attempt goes with --rank",
         ("--node", "1"): "has nodes 0 to 0, and no node 1",

@@ -146,6 +146,15 @@ def test_all_problems_of_a_profile_at_once(tmp_path: Path):
             "slurm: options: nodes follow from other fields",
         ),
         (
+            "backend: slurm\nworkers_per_node: 1\ndevice: cpu\nslurm: {options: {job-name: mine}}\n",
+            "slurm: options: job-name follow from other fields of the profile or the recipe",
+        ),
+        (
+            "backend: slurm\nworkers_per_node: 1\ndevice: cpu\nmemory_per_worker_gib: 8\n"
+            "slurm: {memory_per_node: 64G}\n",
+            "memory_per_worker_gib and slurm.memory_per_node both say what --mem is; set one of them",
+        ),
+        (
             "backend: slurm\nworkers_per_node: 1\ndevice: cpu\nslurm: {options: {partition: x, mem: 1G}}\n",
             "slurm: options: mem, partition are fields of their own; set them there",
         ),
@@ -180,6 +189,11 @@ def test_a_profile_with_secrets_that_others_can_read_is_warned_of(own_profiles: 
     path.write_text("environment: {NCCL_DEBUG: INFO}\n")
     path.chmod(0o644)
     assert profile_warnings("lab") == []
+    path.write_text(
+        "backend: slurm\nworkers_per_node: 1\ndevice: cpu\n"
+        "slurm: {setup: [module load cuda, 'export A=b HF_TOKEN=abc']}\n"
+    )
+    assert profile_warnings("lab") == [f"{path} holds HF_TOKEN and can be read by others; chmod 600 it"]
 
 
 @pytest.mark.parametrize(
@@ -223,12 +237,18 @@ def test_cuda_without_a_gpu_needs_a_number_of_workers(gpus):
 def test_an_elastic_number_of_nodes(tmp_path: Path):
     path = tmp_path / "p.yaml"
     for text in ("nodes: {min: 2, max: 8}", "nodes: 8\nmin_nodes: 2"):
-        path.write_text(f"backend: ray\n{text}\n")
-        profile = load_profile(path)
-        assert (profile.nodes, profile.min_nodes) == (8, 2)
+        for backend in ("ray", "slurm", "local"):
+            path.write_text(f"backend: {backend}\nworkers_per_node: 1\ndevice: cpu\n{text}\n")
+            profile = load_profile(path)
+            assert (profile.nodes, profile.min_nodes) == (8, 2)
     path.write_text("backend: ray\nnodes: {min: 9, max: 8}\n")
     with pytest.raises(ProfileError, match="min_nodes is 9, more than nodes 8"):
         load_profile(path)
-    path.write_text("backend: slurm\nworkers_per_node: 1\ndevice: cpu\nnodes: {min: 2, max: 8}\n")
-    with pytest.raises(ProfileError, match=r"elastic number of nodes \(min 2, max 8\) is not supported on the slurm"):
+    for text, told in (("2-8", "'2-8'"), ("{min: 2, maximum: 8}", "{min: 2, maximum: 8}"), ("{max: 8}", "{max: 8}")):
+        path.write_text(f"backend: ray\nnodes: {text}\n")
+        with pytest.raises(ProfileError) as caught:
+            load_profile(path)
+        assert f"line 2  nodes: must be a whole number or {{min: 2, max: 8}}, not {told}" in str(caught.value)
+    path.write_text("backend: ssh\nworkers_per_node: 1\ndevice: cpu\nnodes: {min: 1, max: 3}\nssh: {hosts: [a, b]}\n")
+    with pytest.raises(ProfileError, match=r"nodes is 3, but ssh.hosts has 2"):
         load_profile(path)

@@ -9,9 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from ray._private import ray_constants
 
 from cluster.errors import BackendError
-from cluster.ray_jobs import RayJobsBackend, check_versions
+from cluster.ray_jobs import RAYS_EXCLUDES, RayJobsBackend, check_versions
 from cluster.types import JobState
 
 BACKEND = RayJobsBackend()
@@ -182,11 +183,23 @@ def test_cancel_asks_the_driver_and_now_asks_ray(api: Api, make_record):
 
 def test_what_is_sent_and_what_is_left_out_are_shown(make_request, tmp_path: Path):
     section = {"working_directory": str(tmp_path), "excludes": ["*.ckpt", "/data/"], "requirements": ["einops==0.8"]}
+    (tmp_path / ".gitignore").write_text("# what is made\n\nruns/\n*.log\n")
+    (tmp_path / ".rayignore").write_text("notes\n")
     request = make_request(
         backend="ray", ray={**section, "python": "python3"}, argv=("/here/python", "-P", "-m", "driver")
     )
     shown = json.loads(BACKEND.render(request))
+    assert ray_constants.get_runtime_env_default_excludes() == list(RAYS_EXCLUDES)
     assert shown["entrypoint"] == "python3 -P -m driver"
     assert shown["runtime_env"]["working_dir"] == str(tmp_path)
-    assert shown["runtime_env"]["excludes"] == ["*.ckpt", "/data/"]
+    left_out = [*RAYS_EXCLUDES, "runs/", "*.log", "notes", "*.ckpt", "/data/"]
+    assert shown["runtime_env"]["excludes"] == left_out
     assert shown["runtime_env"]["pip"] == ["einops==0.8"]
+
+
+def test_the_dry_run_shows_no_secret(make_request):
+    request = make_request(backend="ray", environment={"HF_TOKEN": "hunter2", "NCCL_DEBUG": "INFO"})
+    shown = BACKEND.render(request)
+    assert "hunter2" not in shown
+    variables = json.loads(shown)["runtime_env"]["env_vars"]
+    assert (variables["HF_TOKEN"], variables["NCCL_DEBUG"]) == ("<redacted>", "INFO")

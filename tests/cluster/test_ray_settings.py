@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from cluster.local import local_ray
-from cluster.ray_node import RaySecrets, health_checks
+from cluster.ray_node import NodeResources, RaySecrets, health_checks
 from cluster.types import NODE_TIMEOUT_VARIABLE
 from tests.support.unmeasured import unmeasured
 
@@ -44,7 +44,7 @@ def test_every_process_of_a_cluster_is_told() -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(120)
 def test_a_node_that_does_not_answer_is_given_up() -> None:
-    with unmeasured(), local_ray(1, nodes=2, node_timeout_s=3) as ray:
+    with unmeasured(), local_ray(NodeResources(1), nodes=2, node_timeout_s=3) as ray:
         watcher = subprocess.Popen(
             [sys.executable, "-c", WATCH], env={**os.environ, **ray.environment}, stdout=subprocess.PIPE, text=True
         )

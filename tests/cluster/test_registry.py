@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from cluster.errors import JobLookupError
 
 
 def test_a_record_comes_back_as_it_was_and_only_its_owner_reads_it(state_home: Path, make_record):
-    record = make_record(facts={"hosts": ["a", "b"]}, argv=("python", "two words", "line\nbreak", "it's"), sweep="ab12")
+    record = make_record(
+        facts={"hosts": ["a", "b"]}, argv=("python", "two words", "line\nbreak", "it's"), sweep="ab12", point=("a=1",)
+    )
     registry.add(record)
     assert registry.records() == [record]
     for path in (state_home / "bakemotu.json", Path(record.job_directory) / "record.json"):
@@ -64,6 +67,15 @@ def test_a_lost_record_is_adopted_by_the_run_directory_even_when_that_was_moved(
         record, run_directory=str(tmp_path / "moved"), job_directory=str(tmp_path / "moved" / "jobs" / "0001")
     )
     assert registry.find("bakemotu") == adopted, "it is in the registry again"
+
+
+def test_a_run_that_was_copied_has_no_job_of_the_first_one(state_home: Path, make_record, tmp_path: Path):
+    registry.add(make_record())
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    with pytest.raises(JobLookupError, match="copy has no job: nothing was submitted for it"):
+        registry.find("copy", tmp_path / "copy" / "jobs")
+    assert registry.of_run(tmp_path / "copy" / "jobs") == []
+    assert [record.id for record in registry.of_run(tmp_path / "run" / "jobs")] == ["bakemotu"]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="hardware: only root can give a file to somebody else")

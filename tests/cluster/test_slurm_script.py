@@ -5,8 +5,10 @@ After a change that is meant, record the golden file anew and look at the differ
     UPDATE_GOLDEN=1 .venv/bin/pytest tests/cluster/test_slurm_script.py && git diff tests/cluster/golden
 """
 
+import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,8 +66,25 @@ def test_what_is_left_out_is_left_to_the_site(make_request):
         "output": "/shared/me/runs/gpt/jobs/0001/%j_0_log.out",
         "requeue": "",
         "signal": "USR2@300",
-        "time": "0",
     }
+
+
+def test_an_elastic_job_asks_for_a_range_of_nodes(make_request):
+    assert directives(script(make_request, nodes=4, min_nodes=2))["nodes"] == "2-4"
+
+
+def test_memory_of_the_workers_and_of_ray(make_request):
+    request = replace(make_request(), memory_per_node=3 * 2**30 + 1)
+    assert "#SBATCH --mem=4097M\n" in SlurmBackend().render(request)
+
+
+def test_an_option_that_is_false_is_left_out(make_request):
+    found = directives(
+        script(make_request, slurm={"options": {"requeue": False, "no-kill": True, "spread-job": False}})
+    )
+    assert "requeue" not in found
+    assert "spread-job" not in found
+    assert found["no-kill"] == ""
 
 
 def test_gpus_by_gres_are_not_asked_for_twice(make_request):
@@ -106,8 +125,11 @@ def test_paths_that_slurm_cannot_write_to_are_refused_before_anything_is_sent(ma
     assert not request.job_directory.exists()
 
 
-def test_sbatch_gets_the_script_of_the_dry_run_and_a_task_that_is_plain_data(make_request, fake_command, tmp_path):
-    fake_command("sbatch", f'cp "$1" {tmp_path}/sent.sh; echo Submitted batch job 4711')
+def test_sbatch_gets_the_script_of_the_dry_run_and_a_task_that_is_plain_data(
+    make_request, fake_command, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    fake_command("sbatch", f'cp "$1" {tmp_path}/sent.sh; env > {tmp_path}/environment; echo Submitted batch job 4711')
     request = make_request(run_directory=tmp_path / 'it\'s a "run"', environment={"HF_TOKEN": "hunter2"})
     shown = SlurmBackend().render(request)
     assert SlurmBackend().submit(request).backend_id == "4711"
@@ -117,7 +139,10 @@ def test_sbatch_gets_the_script_of_the_dry_run_and_a_task_that_is_plain_data(mak
     assert len(pickled) < 1000, "the task must travel by name, not by value"
     spec = request.job_directory / "spec.json"
     assert spec.stat().st_mode & 0o777 == 0o600
-    assert "hunter2" in spec.read_text(), "the one place that has it, for the job's own user"
+    assert json.loads(spec.read_text())["secret_names"] == ["HF_TOKEN"]
+    assert not [path for path in request.run_directory.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+    assert "HF_TOKEN=hunter2" in (tmp_path / "environment").read_text().splitlines(), "Slurm hands it on to the job"
+    assert "HF_TOKEN" not in os.environ
 
 
 def test_every_task_of_an_array_finds_the_submission(make_request, fake_command):

@@ -142,6 +142,24 @@ def test_a_job_that_could_write_nothing_asks_about_the_run_directory(squeue, mak
     )
 
 
+def test_a_job_that_failed_before_its_agents_shows_what_its_script_wrote(squeue, make_record):
+    squeue("1234|FAILED|NonZeroExitCode|gpu[1-2]|N/A")
+    record = make_record()
+    output = Path(record.job_directory) / "1234_0_log.out"
+    output.write_text("\n")
+    assert state(record).reason.startswith("nothing was written to")
+    output.write_text("one\ntwo\nthree\nfour\nLmod has detected the following error:\n  no module cuda/99\n")
+    found = state(record)
+    assert found.reason.splitlines() == [
+        f"it failed before ZeroFleet began on its nodes; {output} ends:",
+        "two",
+        "three",
+        "four",
+        "Lmod has detected the following error:",
+        "  no module cuda/99",
+    ]
+
+
 def test_an_array_is_as_its_running_or_waiting_task(squeue, make_record):
     squeue("1234|COMPLETED|None|n1|N/A", "1234|RUNNING|None|n2|N/A", "1234|PENDING|JobArrayTaskLimit||N/A")
     assert state(make_record()).native == "RUNNING"

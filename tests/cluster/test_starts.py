@@ -9,8 +9,9 @@ import pytest
 from cluster.agent import Place
 from cluster.draft import count_gpus, draft, partitions
 from cluster.errors import BackendError
+from cluster.job_files import log_of, status_from_files
 from cluster.slurm_task import SlurmFirstNode, own_address
-from cluster.start_folder import JobSpec, Outcome, StartFolder
+from cluster.start_folder import JobSpec, Outcome, StartFolder, last_start
 
 STOPPED = Outcome("stopped", 130, "SIGUSR2: saved and ended", "SIGUSR2")
 
@@ -88,6 +89,22 @@ def test_without_scontrol_sigterm_is_a_persons_wish(leave, monkeypatch, tmp_path
     assert not leave(1, STOPPED, signals=(SIGTERM,)).requeue
 
 
+def test_starts_are_in_order_however_many_there_are(make_record):
+    """Those of an array's tasks are counted from 1001, 2001, ..."""
+    record = make_record()
+    job = Path(record.job_directory)
+    for number in (1, 10, 999, 1000, 1001, 2001, 10001):
+        StartFolder.of(job, number).path.mkdir()
+    (job / "start_of_something").touch()
+    names = [folder.path.name for folder in StartFolder.all_of(job)]
+    assert names == [f"start_{number:03d}" for number in (1, 10, 999, 1000, 1001, 2001, 10001)]
+    last = last_start(job)
+    assert last is not None
+    assert last.path.name == "start_10001"
+    assert status_from_files(record).starts == 7
+    assert log_of(record, 0, 6).name.endswith("start_2001/node_0000.log")
+
+
 def test_addresses_of_nodes(fake_command, monkeypatch):
     monkeypatch.setattr(
         "socket.gethostbyname", _resolver({"gpu1": "10.1.0.1", "gpu2": "127.0.1.1", "10.9.0.3": "10.9.0.3"})
@@ -120,7 +137,14 @@ def test_gpus_in_slurms_notation(gres, count):
 def test_a_profile_is_drafted_from_sinfo(fake_command, tmp_path):
     from cluster.profile import load_profile
 
-    lines = "cpu|20|64|(null)|infinite", "gpu*|4|96|gpu:a100:8(S:0-1)|2-00:00:00", "gpu*|2|48+|gpu:a100:4|2-00:00:00"
+    lines = (
+        "*** maintenance on Friday | read the mail ***",
+        "old|4|8|(null)|infinite|down",
+        "none|0|0|(null)|infinite|up",
+        "cpu|20|64|(null)|infinite|up",
+        "gpu*|4|96|gpu:a100:8(S:0-1)|2-00:00:00|up",
+        "gpu*|2|48+|gpu:a100:4|2-00:00:00|up",
+    )
     fake_command("sinfo", "cat <<'END'\n{}\nEND".format("\n".join(lines)))
     assert [partition.name for partition in partitions()] == ["gpu", "cpu"]
     path = tmp_path / "drafted.yaml"
@@ -140,6 +164,33 @@ def test_drafts_of_other_backends_load(backend, tmp_path):
     assert load_profile(path).backend == backend
 
 
-def test_drafts_that_cannot_be():
+def test_the_gpus_of_this_machine_are_drafted_by_what_nvidia_smi_calls_them(fake_command, tmp_path, monkeypatch):
+    import cluster.profile
+    from launcher.jobs import draft_profile
+
+    devices = tmp_path / "dev"
+    devices.mkdir()
+    for index in range(8):
+        (devices / f"nvidia{index}").touch()
+    monkeypatch.setattr(cluster.profile, "DEVICE_FOLDER", devices)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    path = tmp_path / "drafted.yaml"
+    drafted = {}
+    for name in ("NVIDIA H100 80GB HBM3", "Somebody's accelerator: 7"):
+        fake_command("nvidia-smi", f'for i in 1 2 3 4 5 6 7 8; do echo "{name}"; done')
+        path.write_text(draft_profile("local"))
+        drafted[name] = cluster.profile.load_profile(path)
+        assert name in drafted[name].description
+    known, unknown = drafted.values()
+    assert (known.workers_per_node, known.device, known.accelerator) == (8, "cuda", "H100-80GB")
+    assert (unknown.workers_per_node, unknown.accelerator) == (8, None)
+    fake_command("nvidia-smi", "echo 'couldn t communicate with the NVIDIA driver'; exit 9")
+    assert "GPUs:" not in draft_profile("local")
+
+
+def test_drafts_that_cannot_be(fake_command):
+    fake_command("sinfo", "echo 'old|4|8|(null)|infinite|down'")
+    with pytest.raises(BackendError, match="sinfo shows no partition that is up and has nodes"):
+        draft("slurm")
     with pytest.raises(BackendError, match="no backend 'k8s'; there are local, ray, slurm, ssh"):
         draft("k8s")

@@ -197,7 +197,7 @@ def zerofleet(workplace: Path) -> Iterator[Zerofleet]:
 def uninterrupted(zerofleet: Zerofleet, workplace: Path) -> Path:
     """The run that others are compared with: on the local backend, on two Ray nodes. It goes on while they run."""
     profile = write_profile(workplace / "local.yaml", backend="local")
-    run_directory = workplace / "uninterrupted"
+    run_directory = workplace / 'uninterrupted,\nand "quoted"'
     zerofleet.submit(profile, run_directory, f"max_steps={LONG}")
     return run_directory
 

@@ -2,15 +2,20 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from cluster.ray_jobs import RAYS_EXCLUDES
 from cluster.start_folder import last_start
 from tests.jobs.conftest import (
     LONG,
@@ -39,12 +44,14 @@ class Life:
         run_directory: of the run.
         seen: its state and reason at each look, where they differ from the look before.
         followed: what `logs -f` wrote.
+        attached: what `attach` wrote.
         status: at the end.
     """
 
     run_directory: Path
     seen: list[tuple[str, str]]
     followed: str
+    attached: str
     status: dict[str, Any]
 
 
@@ -53,7 +60,7 @@ def live(
 ) -> Life:
     """Submit the recipe and watch it to its end; `meanwhile` is called with the job's id while it waits or runs."""
     job = zerofleet.submit(profile, run_directory)
-    follower = zerofleet.process("logs", "-f", job)
+    follower, attached = zerofleet.process("logs", "-f", job), zerofleet.process("attach", job)
     seen: list[tuple[str, str]] = []
 
     def is_over() -> dict[str, Any] | None:
@@ -67,8 +74,9 @@ def live(
         meanwhile(job)
     status = wait_for(is_over, f"end of {job}", timeout=180, every=0.5)
     followed, _ = follower.communicate(timeout=30)
-    assert (status["state"], follower.returncode) == ("COMPLETED", 0), followed
-    return Life(run_directory, seen, followed, status)
+    line, _ = attached.communicate(timeout=30)
+    assert (status["state"], follower.returncode, attached.returncode) == ("COMPLETED", 0, 0), followed
+    return Life(run_directory, seen, followed, line, status)
 
 
 @dataclass(frozen=True)
@@ -119,11 +127,63 @@ def on_ssh(zerofleet: Zerofleet, ssh_server: SshServer, workplace: Path) -> Life
     return live(zerofleet, profile, run_directory, lambda job: processes_of(run_directory) or pytest.fail("no process"))
 
 
+@dataclass(frozen=True)
+class RayLife(Life):
+    """On a Ray cluster that was there before.
+
+    Attributes:
+        shown: the request that `submit --dry-run` had printed.
+        received: the job as the cluster has it.
+        folder: what is in the driver's working directory.
+    """
+
+    shown: dict[str, Any]
+    received: dict[str, Any]
+    folder: list[str]
+
+
+ASK = """
+import os, sys, urllib.request
+request = urllib.request.Request(sys.argv[1], headers={"Authorization": "Bearer " + os.environ["RAY_AUTH_TOKEN"]})
+print(urllib.request.urlopen(request).read().decode())
+"""
+
+
 @pytest.fixture(scope="module")
-def on_ray(ray_cluster: tuple[Zerofleet, dict[str, Any]], workplace: Path) -> Life:
+def on_ray(ray_cluster: tuple[Zerofleet, dict[str, Any]], workplace: Path) -> RayLife:
     zerofleet, settings = ray_cluster
-    profile = write_profile(workplace / "ray.yaml", **settings)
-    return live(zerofleet, profile, workplace / 'on ray, it\'s "quoted"')
+    folder = workplace / "to send"
+    folder.mkdir()
+    for name in ("sent.txt", "left-out.ckpt", "left-out.log"):
+        (folder / name).write_text(name)
+    (folder / ".gitignore").write_text("*.log\n")
+    sent = {**settings["ray"], "working_directory": str(folder), "excludes": ["*.ckpt"]}
+    values = {**settings, "ray": sent, "memory_per_worker_gib": 0.25}
+    profile = write_profile(workplace / "ray-and-folder.yaml", **values)
+    run_directory = workplace / 'on ray,\nit\'s "quoted"'
+    options = ("--profile", str(profile), "--run-dir", str(run_directory), "--dry-run")
+    shown = json.loads(zerofleet.ok("submit", str(zerofleet.recipe), *options))
+    received: dict[str, Any] = {}
+    found: list[str] = []
+
+    def driver_folder() -> list[str] | None:
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                command = process.cmdline()
+                if "launcher.orchestration.driver" in command and str(run_directory) in command:
+                    return sorted(path.name for path in Path(f"/proc/{process.pid}/cwd").iterdir())
+        return None
+
+    def meanwhile(job: str) -> None:
+        found.extend(wait_for(driver_folder, "driver of the job", timeout=120))
+        record = json.loads((workplace / "state" / "zerofleet" / "jobs" / f"{job}.json").read_text())
+        ask = zerofleet.prefix(sys.executable, "-c", ASK, f"{record['facts']['url']}/api/jobs/{record['backend_id']}")
+        environment = {**os.environ, **zerofleet.environment}
+        done = subprocess.run(ask, env=environment, capture_output=True, text=True, timeout=60, check=True)
+        received.update(json.loads(done.stdout))
+
+    life = live(zerofleet, profile, run_directory, meanwhile)
+    return RayLife(**vars(life), shown=shown, received=received, folder=found)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +227,7 @@ def test_slurm_from_submit_to_the_end(on_slurm: SlurmLife, zerofleet: Zerofleet,
     assert on_slurm.status["node_names"] == ["n[1-2]"]
     run_directory = str(on_slurm.run_directory)
     assert on_slurm.followed == zerofleet.ok("logs", run_directory)
+    assert re.search(rf"^COMPLETED \| step {STEPS}/{STEPS} \| loss \d.*\n\Z", on_slurm.attached, re.MULTILINE)
     assert "ray: 2 of 2 nodes are up" in on_slurm.followed
     assert_phases(on_slurm.status, on_slurm.followed, zerofleet.ok("status", run_directory))
     assert "ray: joined" in zerofleet.ok("logs", run_directory, "--node", "1")
@@ -207,7 +268,17 @@ def test_ssh_and_a_record_that_is_lost(on_ssh: Life, zerofleet: Zerofleet, workp
 
 
 @pytest.mark.ray
-def test_ray(on_ray: Life):
+def test_what_ray_received_is_the_dry_run(on_ray: RayLife):
+    for key in ("entrypoint", "metadata"):
+        assert on_ray.received[key] == on_ray.shown[key]
+    sent, shown = on_ray.received["runtime_env"], on_ray.shown["runtime_env"]
+    assert sent["env_vars"] == shown["env_vars"]
+    assert {*RAYS_EXCLUDES, "*.log", "*.ckpt"} == set(shown["excludes"])
+    assert on_ray.folder == [".gitignore", "sent.txt"]
+
+
+@pytest.mark.ray
+def test_ray(on_ray: RayLife):
     assert list(on_ray.status["phases"]) == ["driver and data", *PHASES[4:], "first step", "in all"]
     assert "the first step is made; it took" in on_ray.followed
     assert_nothing_left(on_ray.run_directory)

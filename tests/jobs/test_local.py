@@ -2,14 +2,17 @@
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.errors import BackendError
@@ -19,7 +22,7 @@ from cluster.processes import ProcessIdentity
 from cluster.profile import Profile
 from cluster.provision import start_detached, usable_address
 from cluster.ray_node import PORTS_PER_NODE, RayStartError, port_block
-from cluster.start_folder import StartFolder
+from cluster.start_folder import NodeReport, StartFolder
 from cluster.types import JobRecord, JobRequest, JobState, JobStatus
 from tests.jobs.conftest import assert_nothing_left, processes_of, wait_for
 
@@ -32,6 +35,7 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
 print("up", flush=True)
 time.sleep(60)
 """
+SECRET = "hunter2hunter2"
 
 
 @pytest.fixture
@@ -93,12 +97,21 @@ def log(record: JobRecord) -> str:
 
 @pytest.fixture
 def sleeping(make_request: Callable[..., JobRequest]) -> Iterator[JobRecord]:
-    """A job whose driver runs."""
-    record = submit(make_request(SLEEP))
+    """A job whose driver runs. It has a secret, as its profile says, and no file of the job ever has it."""
+    request = make_request(SLEEP, environment={"HF_TOKEN": SECRET})
+    record = submit(request)
     wait_for(lambda: "\nup\n" in log(record), "driver")
+    agent = BACKEND.render(request).splitlines()[1]
+    process = psutil.Process(int(record.backend_id))
+    assert process.cmdline() == shlex.split(agent), "what the dry run shows"
+    (own,) = [child for child in process.children() if child.cmdline() == list(request.argv)]
+    assert own.environ()["HF_TOKEN"] == SECRET
     yield record
     ProcessIdentity.parse(record.facts["process"]).send(signal.SIGQUIT)
     wait_for_end(record)
+    files = [path for path in request.run_directory.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 def test_a_failing_driver_fails_the_job_with_its_code_and_words(make_request: Callable[..., JobRequest]):
@@ -154,6 +167,24 @@ def test_a_node_that_never_comes_up_is_named(make_request: Callable[..., JobRequ
     assert "waiting for n2" in log(record)
 
 
+def test_an_elastic_job_goes_on_without_a_node_that_did_not_come(make_request: Callable[..., JobRequest]):
+    count = "import ray; ray.init(log_to_driver=False); print('driver sees', len(ray.nodes()), 'nodes')"
+    record = start_first_node_only(make_request(count, nodes=3, min_nodes=2))
+    start_detached(Path(record.job_directory), 1)
+    StartFolder.of(Path(record.job_directory), 1).report(2, NodeReport("n3", "", "", "failed", "it is on fire"))
+    assert wait_for_end(record).state is JobState.COMPLETED, log(record)
+    assert "2 of 3 nodes are up after" in log(record)
+    assert "  n3: it is on fire\nray: going on without them; the profile needs 2\n" in log(record)
+    assert "driver sees 2 nodes" in log(record)
+
+
+def test_a_secret_that_is_lost_on_the_way_is_named(make_request: Callable[..., JobRequest]):
+    record = start_first_node_only(make_request(SLEEP, environment={"ZF_TEST_TOKEN": SECRET, "NCCL_DEBUG": "INFO"}))
+    found = wait_for_end(record)
+    assert found.state is JobState.FAILED
+    assert found.reason.startswith("ZF_TEST_TOKEN of the profile's environment did not get here: what starts the job")
+
+
 def test_a_head_that_dies_while_workers_join_is_started_again(make_request: Callable[..., JobRequest]):
     record = submit(make_request("print('made it')", nodes=2))
     folder = StartFolder.of(Path(record.job_directory), 1)
@@ -168,10 +199,12 @@ def test_a_head_that_dies_while_workers_join_is_started_again(make_request: Call
 
 
 def _listener(record: JobRecord, name: str) -> int | None:
-    import psutil
-
     agent = psutil.Process(int(record.backend_id))
-    return next((child.pid for child in agent.children(recursive=True) if child.name().startswith(name)), None)
+    for child in agent.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if child.name().startswith(name):
+                return child.pid
+    return None
 
 
 def test_ports_are_the_jobs_own_and_move_when_something_else_has_them():

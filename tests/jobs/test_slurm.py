@@ -54,13 +54,23 @@ signal.signal(signal.SIGTERM, save)
 while not (folder / "go").exists():
     time.sleep(0.1)
 print("answer", ray.get(ray.remote(lambda: 42).remote()), flush=True)
+if ray.cluster_resources().get("GPU"):
+    print("GPU", ray.get(ray.remote(num_gpus=1)(lambda: os.environ["CUDA_VISIBLE_DEVICES"]).remote()), flush=True)
 """
+
+APPTAINER = """#!/bin/sh
+echo "$@" >> '{calls}'
+while [ "$1" != zerofleet.sif ]; do shift; done
+shift
+exec "$@"
+"""
+"""Stands for the command of this name, and runs in no container what should run in one."""
 
 
 class Job:
     """A job whose driver says how many Ray nodes it sees and waits to be told to go on."""
 
-    def __init__(self, folder: Path, nodes: int, **slurm) -> None:
+    def __init__(self, folder: Path, nodes: int, gpus: int = 0, **slurm) -> None:
         folder.mkdir()
         self.folder = folder
         profile = Profile(
@@ -74,7 +84,7 @@ class Job:
             profile=profile,
             nodes=nodes,
             cpus_per_node=1.0,
-            gpus_per_node=0,
+            gpus_per_node=gpus,
             save_before_end_seconds=60,
             progress_directory=folder / "checkpoints",
         )
@@ -119,8 +129,8 @@ def submit(slurm_here: SlurmCluster, zerofleet: Zerofleet, tmp_path: Path, monke
     monkeypatch.setenv("XDG_STATE_HOME", zerofleet.environment["XDG_STATE_HOME"])
     jobs: list[Job] = []
 
-    def make(name: str, nodes: int = 1, **slurm) -> Job:
-        jobs.append(Job(tmp_path / name, nodes, **slurm))
+    def make(name: str, nodes: int = 1, **settings) -> Job:
+        jobs.append(Job(tmp_path / name, nodes, **settings))
         return jobs[-1]
 
     yield make
@@ -129,9 +139,28 @@ def submit(slurm_here: SlurmCluster, zerofleet: Zerofleet, tmp_path: Path, monke
         job.wait_for(*(state for state in JobState if state.is_final))
 
 
-def test_two_jobs_on_one_node_leave_each_others_ray_alone(submit: Callable[..., Job], zerofleet: Zerofleet):
-    first, second = submit("first", nodelist="n1"), submit("second", nodelist="n1")
+def test_two_jobs_on_one_node_leave_each_others_ray_and_gpus_alone(
+    submit: Callable[..., Job], zerofleet: Zerofleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The second one in a container, and in a partition that bounds time, with no time limit of its own."""
+    folder, calls = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+    (folder / "apptainer").write_text(APPTAINER.format(calls=calls))
+    (folder / "apptainer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    container = {
+        "runtime": "apptainer",
+        "image": "zerofleet.sif",
+        "python": sys.executable,
+        "mounts": [f"{tmp_path}:{tmp_path}"],
+        "arguments": ["--nv"],
+    }
+    first = submit("first", nodelist="n2", gpus=1)
+    second = submit("second", nodelist="n2", gpus=1, partition="short", time_limit=None, container=container)
     assert [job.wait_for_driver() for job in (first, second)] == [1, 1], "each sees its own Ray only"
+    assert (
+        f"exec --bind {tmp_path}:{tmp_path} --nv zerofleet.sif {sys.executable} -P -u -m submitit" in calls.read_text()
+    )
     assert first.status().state is second.status().state is JobState.RUNNING
     assert "saves and ends" in zerofleet.ok("cancel", first.record.id, "--wait")
     status = zerofleet.status(first.record.id)
@@ -142,6 +171,7 @@ def test_two_jobs_on_one_node_leave_each_others_ray_alone(submit: Callable[..., 
     (second.folder / "go").touch()
     second.wait_for(JobState.COMPLETED)
     assert "answer 42" in second.log(), "its Ray still worked"
+    assert "GPU 1\n" in second.log(), "the other one had GPU 0"
     assert_nothing_left(second.folder)
     code, _, err = zerofleet.run("cancel", second.record.id)
     assert (code, err) == (2, f"job {second.record.id} has ended already: COMPLETED\n")
@@ -252,6 +282,28 @@ def test_what_slurm_takes_and_can_never_start_says_why_it_waits(submit: Callable
         job.wait_for(JobState.CANCELLED)
 
 
+def test_an_array_behind_another_job_runs_its_tasks_one_after_the_other(
+    submit: Callable[..., Job], slurm_here: SlurmCluster
+):
+    other = re.search(r"\d+", slurm_here.command("sbatch", "--output=/dev/null", "--wrap=sleep 600"))
+    assert other is not None
+    job = submit("array", dependency=f"afterany:{other.group()}", options={"array": "1-2%1"})
+    (job.folder / "go").touch()
+    wait_for(lambda: job.status().reason == "Dependency", "reason for waiting")
+    slurm_here.command("scancel", other.group())
+    status = job.wait_for(JobState.COMPLETED, timeout=120)
+    assert status.starts == 2
+    assert ["answer 42" in BACKEND.log(job.record, 0, start).read(0).decode() for start in (1, 2)] == [True, True]
+    assert_nothing_left(job.folder)
+
+
+def test_a_job_that_fails_before_its_agents_shows_what_its_script_wrote(submit: Callable[..., Job]):
+    job = submit("broken", setup=["echo no such module: cuda >&2; exit 3"])
+    status = job.wait_for(JobState.FAILED)
+    assert status.reason.startswith("it failed before ZeroFleet began on its nodes; ")
+    assert status.reason.endswith("\nno such module: cuda")
+
+
 def test_without_munge_nothing_hangs_and_the_reason_is_said(submit: Callable[..., Job], slurm_here: SlurmCluster):
     job = submit("waiting", nodelist="n1", options={"hold": True})
     assert job.wait_for(JobState.PENDING).reason == "JobHeldUser"
@@ -300,16 +352,26 @@ def test_the_readmes_five_minutes_on_slurm(zerofleet: Zerofleet, slurm: SlurmClu
     assert re.search(r"my-recipe +COMPLETED +slurm \d+ +60/60 ", jobs)
 
 
-def test_a_sweep_runs_its_grid_and_compares_the_last_losses(zerofleet: Zerofleet, slurm: SlurmCluster, workplace: Path):
-    profile = write_profile(workplace / "one.yaml", backend="slurm", nodes=1, slurm={"time_limit": "10"})
+def test_an_elastic_sweep_runs_its_grid_on_the_nodes_there_are_and_compares_the_last_losses(
+    zerofleet: Zerofleet, slurm: SlurmCluster, uninterrupted: Path, workplace: Path
+):
+    nodes = {"min": 1, "max": 4}
+    profile = write_profile(workplace / "elastic.yaml", backend="slurm", nodes=nodes, slurm={"time_limit": "10"})
     grid = ("learning_rate=1e-3,3e-2", "max_steps=4")
     options = ("--profile", str(profile), "--runs-dir", str(workplace / "sweep"), "--json")
     records = json.loads(zerofleet.ok("sweep", str(zerofleet.recipe), *grid, *options))
     assert len({record["sweep"] for record in records}) == 1
     for record in records:
         zerofleet.wait_for_state(record["id"], "COMPLETED")
-    last = [losses(Path(record["run_directory"]))[4] for record in records]
+    runs = [Path(record["run_directory"]) for record in records]
+    last = [losses(run)[4] for run in runs]
     assert last[0] != last[1]
+    wait_for_step(uninterrupted, 4)
+    expected = losses(uninterrupted)
+    assert losses(runs[0]) == pytest.approx({step: expected[step] for step in range(1, 5)}, abs=1e-5)
+    assert {len(workers(run)) for run in runs} <= {1, 2}, "there are no four"
     rows = [re.split("  +", row) for row in zerofleet.ok("jobs", "--sweep", records[0]["sweep"]).splitlines()[1:]]
     assert [row[:3] for row in rows] == [[record["id"], "tiny", "COMPLETED"] for record in records]
-    assert [row[4:6] for row in rows] == [["4/4", f"{loss:.4f}"] for loss in last]
+    assert [row[4:7] for row in rows] == [
+        ["4/4", f"{loss:.4f}", f"learning_rate={rate}"] for loss, rate in zip(last, ("1e-3", "3e-2"), strict=True)
+    ]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from cluster.local import local_ray
+from cluster.ray_node import NodeResources
 from launcher.run_directory import RunDirectory, read_json_lines
 from tests.support.unmeasured import unmeasured
 
@@ -88,7 +89,7 @@ def warm_ray() -> Iterator[dict[str, str]]:
     """Its workers are not measured; tests/training passes their lines."""
     with ExitStack() as stack:
         with unmeasured():
-            ray = stack.enter_context(local_ray(num_cpus=4))
+            ray = stack.enter_context(local_ray(NodeResources(cpus=4)))
         yield ray.environment
 
 

@@ -86,7 +86,8 @@ class Lab:
 
     def kill_raylet(self, machine: Machine, noticed: Callable[[], bool]) -> None:
         """The node agent dies, and its workers with it; it is started again."""
-        (raylet,) = [p for p in self.ray.processes_of(machine) if p.name() == "raylet"]
+        named = {process: name for process in self.ray.processes_of(machine) if (name := _name(process))}
+        (raylet,) = [process for process, name in named.items() if name == "raylet"]
         raylet.send_signal(signal.SIGKILL)
         wait_for(noticed, "notice of a node without its raylet", timeout=90)
         self.ray.await_end(machine)
@@ -111,6 +112,13 @@ class Lab:
 
     def _spaces(self) -> set[str]:
         return {_space(machine.first_process) for machine in self.network.machines}
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""  # it has ended
 
 
 def _space(pid: int) -> str:

@@ -71,5 +71,15 @@ def test_no_secret_is_written_wherever_it_stands(repository: Path, tmp_path: Pat
     assert found["source"] is None or len(found["source"]["revision"]) == 40
 
 
+def test_a_secret_in_a_setup_command_is_not_written(tmp_path: Path):
+    setup = ["module load cuda", "export WANDB_API_KEY='two words' NCCL_DEBUG=INFO HF_TOKEN=hf_012345"]
+    for backend, section in (("slurm", {"setup": setup}), ("ssh", {"setup": setup, "hosts": ["a"]})):
+        profile = Profile(backend=backend, workers_per_node=1, device="cpu", **{backend: section})
+        record_provenance(tmp_path / "provenance.json", profile)
+        found = json.loads((tmp_path / "provenance.json").read_text())["profile"][backend]["setup"]
+        told = f"export WANDB_API_KEY={REDACTED} NCCL_DEBUG=INFO HF_TOKEN={REDACTED}"
+        assert found == ["module load cuda", told]
+
+
 def test_short_values_do_not_tear_up_the_text():
     assert without_secrets("a key is on", {"KEY": "on", "SOME_TOKEN": ""}) == "a key is on"

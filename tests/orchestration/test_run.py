@@ -148,7 +148,8 @@ def test_an_exception_in_a_worker_is_shown_whole_and_first(zerofleet: Zerofleet,
     assert "IndexError: index out of range in self" in lines[first]
     assert lines[first + 1] == "Traceback (most recent call last):"
     assert any("causal_lm.py" in line for line in lines)
-    states = [event["state"] for event in read_json_lines(directory.events)][-5:]
+    # On a busy machine the node may be slow to say that it is there, and is waited for.
+    states = [event["state"] for event in read_json_lines(directory.events) if event["state"] != "waiting"][-5:]
     assert states == ["starting", "running", "recovering", "running", "failed"]
 
 

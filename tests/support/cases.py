@@ -116,7 +116,7 @@ def _stop_at(context: WorkerContext, step: int) -> None:
             context.stop.set()
         enter(phase)
 
-    heartbeat.enter = watching  # type: ignore[method-assign]  # watched on purpose  # watched from here
+    heartbeat.enter = watching  # type: ignore[method-assign]  # watched on purpose
 
 
 def run_hidden(run_directory: str, data: str, rank: int, folder: str) -> dict[str, Any]:

@@ -66,12 +66,17 @@ MinJobAge=300
 FirstJobId={first_job_id}
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
-NodeName=n[1-{nodes}] NodeHostname={hostname} NodeAddr=127.0.0.1 Port=[{node_port}-{last_node_port}] CPUs=4 \
-RealMemory=24000 State=UNKNOWN
+GresTypes=gpu
+NodeName=DEFAULT CPUs=4 RealMemory=24000 State=UNKNOWN
+{node_lines}
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL Default=NO MaxTime=INFINITE State=UP PriorityTier=10
 PartitionName=closed Nodes=n1 Default=NO AllowAccounts=nobody State=UP
+PartitionName=short Nodes=ALL Default=NO MaxTime=60 State=UP
 """
+
+GPUS = 2
+"""Of the last node: other devices under names that Slurm takes for GPUs'. Nothing computes on them."""
 
 
 def missing_commands() -> list[str]:
@@ -134,14 +139,23 @@ class SlurmCluster:
         key.write_bytes(secrets.token_bytes(128))
         cgroups = os.access(_CGROUPS / "freezer", os.W_OK) and os.access(_CGROUPS / "memory", os.W_OK)
         ports = free_ports(self.nodes + 1)
+        gpus = [self.folder / f"fakegpu{index}" for index in range(GPUS)]
+        for gpu in gpus:
+            gpu.unlink(missing_ok=True)
+            gpu.symlink_to("/dev/null")
+        last = f"n{self.nodes}"
+        files = "".join(f"NodeName={last} Name=gpu File={gpu}\n" for gpu in gpus)
+        (self.folder / "gres.conf").write_text(files)
+        names = [f"n{index}" for index in range(1, self.nodes + 1)]
+        hostname = socket.gethostname().split(".")[0]
+        here = f"NodeHostname={hostname} NodeAddr=127.0.0.1"
+        lines = [f"NodeName={name} {here} Port={port}" for name, port in zip(names, ports[1:], strict=True)]
         text = CONFIGURATION.format(
-            hostname=socket.gethostname().split(".")[0],
+            hostname=hostname,
             user=pwd.getpwuid(os.getuid()).pw_name,
             folder=self.folder,
             port=ports[0],
-            nodes=self.nodes,
-            node_port=ports[1],
-            last_node_port=ports[-1],
+            node_lines="\n".join([*lines[:-1], f"{lines[-1]} Gres=gpu:{GPUS}"]),
             first_job_id=int(time.time()) % 1_000_000 + 1,
             proctrack="cgroup" if cgroups else "linuxproc",
             task="cgroup" if cgroups else "none",
