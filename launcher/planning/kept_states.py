@@ -27,10 +27,16 @@ def kept_bytes(recipe: Recipe, ranks: Sequence[RankMemory], resources: Resources
 
 def kept_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     """What no test of ours has brought back from memory."""
-    size = layout.expert_parallel_size
-    if recipe.fault_tolerance.memory_checkpoint is not None and size > 1:
+    if recipe.fault_tolerance.memory_checkpoint is None:
+        return
+    unproved = []
+    if layout.expert_parallel_size > 1:
+        unproved.append((f"parallel.expert_parallel_size {layout.expert_parallel_size}", "experts"))
+    if recipe.adapter is not None:
+        unproved.append(("adapter", "an adapter"))
+    for setting, what in unproved:
         yield Problem(
-            f"meets parallel.expert_parallel_size {size}, and no test of ours has brought experts back from memory; "
-            "remove it, and set checkpoint.save_steps to what a failure may cost",
+            f"meets {setting}, and no test of ours has brought {what} back from memory; remove it, and set "
+            "checkpoint.save_steps to what a failure may cost",
             "fault_tolerance.memory_checkpoint",
         )

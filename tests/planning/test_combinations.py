@@ -119,6 +119,11 @@ def test_experts_are_not_kept_in_memory(make_recipe: MakeRecipe) -> None:
     refused(recipe, "fault_tolerance.memory_checkpoint: meets parallel.expert_parallel_size 2, and no test of ours")
 
 
+def test_adapters_are_not_kept_in_memory(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe({"adapter": {"method": "lora"}, "fault_tolerance.memory_checkpoint.every_steps": 5})
+    refused(recipe, "fault_tolerance.memory_checkpoint: meets adapter, and no test of ours has brought an adapter back")
+
+
 def test_experts_that_do_not_divide(make_recipe: MakeRecipe) -> None:
     mixtral = {"model.config.model_type": "mixtral", "model.config.num_local_experts": 6}
     recipe = make_recipe({**mixtral, "parallel.expert_parallel_size": 4})
