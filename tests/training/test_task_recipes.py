@@ -68,7 +68,7 @@ def of_classes(metrics: dict[str, float], prepared: PreparedData) -> tuple[float
 REACHED = [
     ("finetune/text-classification", of_errors(0.1), ("training.max_steps=80",)),
     ("finetune/image-classification", of_errors(0.7), ()),
-    ("pretrain/masked-language-model", of_hidden_tokens, ("training.max_steps=100",)),
+    ("pretrain/masked-language-model", of_hidden_tokens, ()),
     ("finetune/supervised", of_completions, ("training.max_steps=60",)),
     ("finetune/preference", of_pairs, ("training.max_steps=50",)),
     ("finetune/sentence-embedding", of_ranks, ()),
@@ -119,8 +119,8 @@ def test_the_smoke_variant_of_a_recipe_for_gpus_learns(
 ) -> None:
     monkeypatch.setenv("ZEROFLEET_ASSETS", str(assets))
     short = (
-        "training.max_steps=24",
-        "evaluation.eval_steps=24",
+        "training.max_steps=48",
+        "evaluation.eval_steps=48",
         "evaluation.max_eval_samples=16",
         "logging.logging_steps=4",
     )
@@ -137,4 +137,4 @@ def test_the_smoke_variant_of_a_recipe_for_gpus_learns(
     results = two_ranks.call("cases:run", run_directory=str(directory.path), data=str(prepared.directory))
     assert results[0]["status"] == "complete"
     losses = [record["loss"] for record in read_json_lines(directory.metrics) if "loss" in record]
-    assert np.mean(losses[-2:]) < losses[0]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
