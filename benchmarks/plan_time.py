@@ -37,7 +37,8 @@ def commands() -> dict[str, list[str]]:
         text = path.read_text("utf-8")
         if 'model_name_or_path: "${env:ZEROFLEET_ASSETS:-' in text:
             continue  # of weights that are fetched first: benchmarks/real_weights.py
-        second = text.splitlines()[1].removeprefix("# ")
+        continued = text.replace("\\\n#", "")
+        second = continued.splitlines()[1].removeprefix("# ")
         found[f"plan {name}"] = shlex.split(second)[1:] if second.startswith("zerofleet plan ") else ["plan", name]
     large = ["--gpu", "H100-80GB", "--nodes"]
     batch = "training.global_batch_size=2048"

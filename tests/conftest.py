@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out cells of matrices, and what DeepSpeed has to compile something for first, which takes minutes."""
+    """Leave out cells of matrices, long tests, and what DeepSpeed has to compile something for first, in minutes."""
     if config.getoption("exhaustive"):
         return
     compiled = "nvme" in config.getoption("markexpr")
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = set()
     for item in items:
         test = item.nodeid.partition("[")[0]
-        if item.get_closest_marker("nvme") is not None and not compiled:
+        if item.get_closest_marker("exhaustive") or (item.get_closest_marker("nvme") and not compiled):
             left_out.add(item)
         if item.get_closest_marker("matrix") is not None and seen[test] % EVERY:
             left_out.add(item)

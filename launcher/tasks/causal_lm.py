@@ -110,7 +110,7 @@ class CausalLanguageModelling(Task):
         labels, tiles = batch["labels"], self.plan.recipe.training.loss_tiles
         if tiles > 1:
             return LossOutput(tiled_loss_sum(model, inputs, labels, tiles, IGNORED), (labels != IGNORED).sum())
-        teaching = self.distillation if model.training else None
+        teaching = self.distillation if self.distillation is not None and model.training else None
         more = {"output_router_logits": True} if balances else {}
         output = model(**inputs, **more, **({} if teaching is None else teaching.wanted))
         counted = labels != IGNORED

@@ -67,6 +67,7 @@ def test_a_lost_worker_costs_a_few_steps_and_no_disk(
     check_account(directory)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(400)
 def test_a_lost_node_is_made_up_for_by_its_neighbour_and_at_another_size(
     tiny_recipe: Path, uninterrupted: RunDirectory, tmp_path: Path
@@ -134,7 +135,7 @@ LAYOUTS: list[tuple[str, ...]] = [
 ]
 
 
-@pytest.mark.matrix
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
 def test_every_layout_comes_back_from_memory(
     layout: tuple[str, ...], zerofleet: Zerofleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

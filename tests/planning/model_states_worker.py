@@ -48,9 +48,9 @@ def weights(engine: Any, task: Any) -> Storages:
     reference = getattr(task, "_copy", None)
     if reference is not None:
         parameters += reference.parameters()
-    teacher = getattr(task, "_teacher", None)
-    if teacher is not None:
-        parameters += teacher.model.parameters()
+    distillation = getattr(task, "distillation", None)
+    if distillation is not None and distillation.teacher is not None:
+        parameters += distillation.teacher.model.parameters()
     tensors = [parameter.data for parameter in parameters]
     tensors += [parameter.ds_tensor.data for parameter in parameters if hasattr(parameter, "ds_tensor")]
     for name in ("fp16_partitioned_groups_flat", "param_groups_fp16_flat_cpu_memory"):

@@ -187,6 +187,7 @@ def test_a_batch_of_nothing_but_fillers_counts_nothing(tmp_path: Path, model_fol
     assert (output.loss_sum.item(), int(output.num_targets)) == (0.0, 0)
 
 
+@pytest.mark.matrix
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", ["dpo", "ipo", "orpo", "simpo", "lora", "reward_model"])
 def test_two_workers_learn_which_answer_is_better(

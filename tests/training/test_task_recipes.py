@@ -89,9 +89,7 @@ REACHED = [
     ("pretrain/replay", of_targets, ()),
     ("pretrain/long-context", of_targets, ()),
 ]
-ALWAYS = "pretrain/masked-language-model"
-"""No other test trains this kind by default."""
-CASES = [pytest.param(*case, id=case[0], marks=[] if case[0] == ALWAYS else pytest.mark.matrix) for case in REACHED]
+CASES = [pytest.param(*case, id=case[0], marks=pytest.mark.matrix) for case in REACHED]
 
 
 @pytest.mark.distributed
