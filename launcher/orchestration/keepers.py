@@ -106,6 +106,15 @@ def _await(references: list[Any], timeout_s: float) -> set[Any]:
     return set(ray.wait(references, num_returns=len(references), timeout=timeout_s)[0]) if references else set()
 
 
+def _answer(reference: Any) -> str | None:
+    """What this node's keeper says."""
+    try:
+        said: str | None = ray.get(reference, timeout=START_TIMEOUT_S)
+    except RayError as error:
+        return f"this node's keeper does not answer: {type(error).__name__}"
+    return said
+
+
 @dataclass(frozen=True)
 class Source:
     """A generation to begin with.
@@ -141,19 +150,11 @@ class RankMemory:
 
     def keep(self, offer: Offer) -> str | None:
         """See `HostMemory.keep`."""
-        try:
-            wrong: str | None = ray.get(self._keeper.take.remote(offer, self._next), timeout=START_TIMEOUT_S)
-        except RayError as error:
-            return f"this node's keeper does not answer: {type(error).__name__}"
-        return wrong
+        return _answer(self._keeper.take.remote(offer, self._next))
 
     def delivered(self, token: str) -> str | None:
         """See `HostMemory.delivered`."""
-        try:
-            state: str | None = ray.get(self._keeper.delivered.remote(token, self.rank), timeout=START_TIMEOUT_S)
-        except RayError as error:
-            return f"this node's keeper does not answer: {type(error).__name__}"
-        return state
+        return _answer(self._keeper.delivered.remote(token, self.rank))
 
     def faults(self, names: Sequence[str]) -> list[str]:
         """See `HostMemory.faults`."""
