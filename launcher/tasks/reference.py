@@ -1,5 +1,6 @@
 """What the reference model of preference optimisation says of each answer, computed once when data is prepared."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ Batch = dict[str, Tensor]
 BYTES_PER_NUMBER = 4
 
 
-class ReferenceScores:
+class ReferenceScores(ABC):
     """Sums of the log-probabilities of answers' tokens under the model that training begins with, in fp32.
 
     A task names the scores (`names`) and computes them (`score`).
@@ -59,9 +60,9 @@ class ReferenceScores:
         """Further fields of a sample, which `collate` needs already."""
         return {}
 
+    @abstractmethod
     def score(self, model: Any, batch: Batch) -> Mapping[str, Tensor]:
         """The numbers of a batch's samples, [samples] each."""
-        raise NotImplementedError
 
     @cached_property
     def _model(self) -> Any:
