@@ -33,7 +33,8 @@ def without_power(slurm: SlurmCluster, name: str) -> Iterator[None]:
         yield
     finally:
         slurm.start_node(name)
-        wait_for(lambda: slurm.command("sinfo", "-h", "-n", name, "-t", "idle", "-o", "%D") == "1", f"{name} idle", 60)
+        state = ("sinfo", "--noheader", "--partition=debug", f"--nodes={name}", "--format=%T")
+        wait_for(lambda: slurm.command(*state) == "idle", f"{name} idle", 90)
 
 
 def sizes(directory: RunDirectory) -> list[int]:

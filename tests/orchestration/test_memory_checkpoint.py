@@ -67,6 +67,7 @@ def test_a_lost_worker_costs_a_few_steps_and_no_disk(
     check_account(directory)
 
 
+@pytest.mark.exhaustive
 def test_without_room_in_memory_the_disk_is_what_a_restart_goes_back_to(
     zerofleet: Zerofleet, uninterrupted: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,7 +211,8 @@ class SlurmCluster:
 
     def processes_of(self, name: str) -> list[psutil.Process]:
         """What runs for jobs on a node."""
-        return [process for process in psutil.process_iter() if _node_of(process) == name]
+        own = (self.environment["SLURM_CONF"], name)  # another cluster on this machine has nodes of the same names
+        return [process for process in psutil.process_iter() if _node_of(process) == own]
 
     def start_munge(self) -> None:
         """Start the authentication daemon again."""
@@ -234,10 +235,12 @@ class SlurmCluster:
             time.sleep(0.05)
 
 
-def _node_of(process: psutil.Process) -> str:
+def _node_of(process: psutil.Process) -> tuple[str, str]:
+    """(configuration file of its Slurm, name of its node) of what runs for a job."""
     with suppress(psutil.Error):
-        return str(process.environ().get("SLURMD_NODENAME", ""))
-    return ""
+        environment = process.environ()
+        return environment.get("SLURM_CONF", ""), environment.get("SLURMD_NODENAME", "")
+    return "", ""
 
 
 def _parents(process: psutil.Process) -> list[psutil.Process]:
