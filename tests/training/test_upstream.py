@@ -19,12 +19,13 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.lr_schedules import WarmupLR
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
-from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer, Init
+from deepspeed.runtime.zero import linear
+from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer, Init, InsertPostInitMethodToModuleSubClasses
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from transformers.utils import output_capturing
 
-from launcher.training.upstream import _ByNameOrModel
+from launcher.training.upstream import _ByNameOrModel, keep_no_input_of_frozen_matrices
 
 
 def test_these_are_faults_of_this_version() -> None:
@@ -100,6 +101,33 @@ def test_a_scalar_among_the_parameters_cannot_be_sent_to_the_other_ranks() -> No
         assert ".data.view(torch.uint8)" in inspect.getsource(place)
     with pytest.raises(RuntimeError, match=r"dim\(\) cannot be 0 to view Float as Byte"):
         torch.zeros(()).view(torch.uint8)
+
+
+def test_stage_3_keeps_the_input_of_a_frozen_matrix() -> None:
+    """What `keep_no_input_of_frozen_matrices` is for."""
+    source = inspect.getsource(linear)
+    assert "ctx.save_for_backward(input, weight, bias)" in source
+    assert "torch.nn.functional.linear = zero3_linear_wrap" in inspect.getsource(InsertPostInitMethodToModuleSubClasses)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_our_linear_keeps_an_input_for_a_gradient_alone(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = linear.LinearFunctionForZeroStage3
+    monkeypatch.setattr(kind, "setup_context", vars(kind)["setup_context"])  # as it is now, again at the end
+    keep_no_input_of_frozen_matrices()
+    torch.manual_seed(1)
+    given = torch.randn(2, 3, 5, requires_grad=True)
+    weight, bias = torch.randn(4, 5, requires_grad=not frozen), torch.randn(4)
+    gradients = []
+    for function in (torch.nn.functional.linear, linear.zero3_linear_wrap):
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved, kept=kept: kept.append(saved.data_ptr()), id):
+            function(given, weight, bias)
+        assert (given.data_ptr() in kept) is not frozen
+        loss = function(given, weight, bias).square().sum()
+        gradients.append(torch.autograd.grad(loss, (given,) if frozen else (given, weight)))
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 def test_our_registry_answers_both() -> None:
