@@ -40,10 +40,16 @@ class LayerAdapter:
     Attributes:
         rank: of the two matrices.
         targets: ends of the names of the matrices that they belong to, at least one of the attention's inputs.
+        scaled: DoRA (arXiv 2402.09353), whose trained magnitudes scale the rows of the matrix and of its adapter.
+        dropout: each pair has dropout of its own before it.
+        head: the output head is trained besides, as a copy.
     """
 
     rank: int
     targets: frozenset[str]
+    scaled: bool = False
+    dropout: bool = False
+    head: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,8 +166,8 @@ class ActivationModel:
         tiles = self.settings.mlp_tiles
         mlp = self._mlp(sparse)
         full = tokens * (self._norms() + self._attention() + (mlp if tiles == 1 else 0) + self._residual_dropout())
-        if self.settings.adapter is not None:  # what each pair of matrices hands on from one to the other
-            full += tokens * width * self.settings.adapter.rank * len(self.settings.adapter.targets)
+        if self.settings.adapter is not None:
+            full += self._adapter(self.settings.adapter)
         again = tokens * mlp / tiles if tiles > 1 else 0
         backward = tokens * width * (self._widest(sparse) / tiles + 3 * hidden)
         routed = self._balance() if sparse else 0
@@ -169,6 +175,19 @@ class ActivationModel:
             return LayerActivations(saved=int(full) + routed, recomputed=int(again), backward=int(backward))
         saved = tokens * width * hidden + routed
         return LayerActivations(saved=saved, recomputed=int(full + again), backward=int(backward))
+
+    def _adapter(self, adapter: LayerAdapter) -> float:
+        """Under peft's `tuners/lora`, besides what the layer itself keeps."""
+        tokens, width = self.settings.tokens, self.width
+        queries, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
+        kept = tokens * width * adapter.rank * len(adapter.targets)  # handed on from one of a pair to the other
+        if adapter.dropout:  # its result and its mask
+            columns = {"o_proj": queries, "down_proj": self.inner}
+            kept += tokens * (width + self._mask_bytes()) * sum(columns.get(t, self.hidden) for t in adapter.targets)
+        if adapter.scaled:  # `dora.py: forward`: results of matrix and pair; norms, their quotient, and it less one
+            rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": self.inner, "up_proj": self.inner}
+            kept += (2 * tokens + 3) * width * sum(rows.get(target, self.hidden) for target in adapter.targets)
+        return kept
 
     def _balance(self) -> int:
         """Of a layer with experts; kept under checkpointing too, because the loss is made outside of the layers."""
@@ -194,11 +213,13 @@ class ActivationModel:
         if self.dropout is not None and self.dropout[1] and self.layer.fused_qkv:  # GPT-2's, of the embeddings
             first += settings.tokens * self._mask_bytes() * self.hidden
         if settings.adapter is not None and not settings.gradient_checkpointing:
-            first -= settings.tokens * self._norm(self.hidden, 1)  # embeddings are frozen: the first norm keeps nothing
+            # Embeddings are frozen: the first norm keeps nothing, and dropout of what it makes no mask.
+            masks = len(settings.adapter.targets & ATTENTION_INPUTS) * settings.adapter.dropout
+            first -= settings.tokens * (self._norm(self.hidden, 1) + masks * self._mask_bytes() * self.hidden)
         log_probabilities = _FP32 * self.vocabulary
         capped = width * self.vocabulary if self.logit_softcap else 0
         kept = log_probabilities + capped if settings.loss_tiles == 1 else 0
-        head = width * self.hidden if settings.adapter is None else 0
+        head = width * self.hidden if settings.adapter is None or settings.adapter.head else 0
         # Distillation (`tasks/distillation.py: soft_loss`): both models' probabilities at a temperature.
         softened = 2 * _FP32 * self.vocabulary if settings.distilled else 0
         last = settings.tokens * (self._norm(self.hidden, 1) + head + kept + softened)
@@ -229,7 +250,7 @@ class ActivationModel:
     def _reads(self, *matrices: str) -> bool:
         """Whether one of these matrices needs its input for a gradient of weights."""
         adapter = self.settings.adapter
-        return adapter is None or not adapter.targets.isdisjoint(matrices)
+        return adapter is None or not (adapter.dropout or adapter.targets.isdisjoint(matrices))
 
     def _norms(self) -> float:
         """Norms of the residual stream, and what the matrices after them keep as their input."""
