@@ -16,40 +16,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launcher.planning.families import FAMILIES, resolve
+from launcher.planning.layer_adapter import ATTENTION_INPUTS, LayerAdapter, MatrixWidths
 from launcher.planning.layers import LAYERS, Layer
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
-
-ADAPTED_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
-"""Families for which a test of ours has compared what is kept under an adapter."""
-ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj"})
-ADAPTED_MATRICES = ATTENTION_INPUTS | {"o_proj", "gate_proj", "up_proj", "down_proj"}
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FP32 = 4
 _INT64 = 8
 _BATCH_TENSORS = 3  # input_ids, labels, position_ids
-
-
-@dataclass(frozen=True)
-class LayerAdapter:
-    """LoRA (arXiv 2106.09685) on some matrices of each layer, with everything else frozen.
-
-    A frozen matrix needs its input for nothing, and a frozen norm not what it has normalised, so that neither is kept.
-
-    Attributes:
-        rank: of the two matrices.
-        targets: ends of the names of the matrices that they belong to, at least one of the attention's inputs.
-        scaled: DoRA (arXiv 2402.09353), whose trained magnitudes scale the rows of the matrix and of its adapter.
-        dropout: each pair has dropout of its own before it.
-        head: the output head is trained besides, as a copy.
-    """
-
-    rank: int
-    targets: frozenset[str]
-    scaled: bool = False
-    dropout: bool = False
-    head: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,7 +142,7 @@ class ActivationModel:
         mlp = self._mlp(sparse)
         full = tokens * (self._norms() + self._attention() + (mlp if tiles == 1 else 0) + self._residual_dropout())
         if self.settings.adapter is not None:
-            full += self._adapter(self.settings.adapter)
+            full += self.settings.adapter.kept(tokens, width, self._mask_bytes(), self._widths())
         again = tokens * mlp / tiles if tiles > 1 else 0
         backward = tokens * width * (self._widest(sparse) / tiles + 3 * hidden)
         routed = self._balance() if sparse else 0
@@ -175,19 +150,6 @@ class ActivationModel:
             return LayerActivations(saved=int(full) + routed, recomputed=int(again), backward=int(backward))
         saved = tokens * width * hidden + routed
         return LayerActivations(saved=saved, recomputed=int(full + again), backward=int(backward))
-
-    def _adapter(self, adapter: LayerAdapter) -> float:
-        """Under peft's `tuners/lora`, besides what the layer itself keeps."""
-        tokens, width = self.settings.tokens, self.width
-        queries, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
-        kept = tokens * width * adapter.rank * len(adapter.targets)  # handed on from one of a pair to the other
-        if adapter.dropout:  # its result and its mask
-            columns = {"o_proj": queries, "down_proj": self.inner}
-            kept += tokens * (width + self._mask_bytes()) * sum(columns.get(t, self.hidden) for t in adapter.targets)
-        if adapter.scaled:  # `dora.py: forward`: results of matrix and pair; norms, their quotient, and it less one
-            rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": self.inner, "up_proj": self.inner}
-            kept += (2 * tokens + 3) * width * sum(rows.get(target, self.hidden) for target in adapter.targets)
-        return kept
 
     def _balance(self) -> int:
         """Of a layer with experts; kept under checkpointing too, because the loss is made outside of the layers."""
@@ -214,8 +176,8 @@ class ActivationModel:
             first += settings.tokens * self._mask_bytes() * self.hidden
         if settings.adapter is not None and not settings.gradient_checkpointing:
             # Embeddings are frozen: the first norm keeps nothing, and dropout of what it makes no mask.
-            masks = len(settings.adapter.targets & ATTENTION_INPUTS) * settings.adapter.dropout
-            first -= settings.tokens * (self._norm(self.hidden, 1) + masks * self._mask_bytes() * self.hidden)
+            masks = settings.adapter.attention_masks * self._mask_bytes() * self.hidden
+            first -= settings.tokens * (self._norm(self.hidden, 1) + masks)
         log_probabilities = _FP32 * self.vocabulary
         capped = width * self.vocabulary if self.logit_softcap else 0
         kept = log_probabilities + capped if settings.loss_tiles == 1 else 0
@@ -247,10 +209,14 @@ class ActivationModel:
             case "layer":  # the input, mean and deviation
                 return self.width * size + 2 * self.width * groups
 
+    def _widths(self) -> MatrixWidths:
+        queries, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
+        return MatrixWidths(self.hidden, queries, keys, self.inner)
+
     def _reads(self, *matrices: str) -> bool:
         """Whether one of these matrices needs its input for a gradient of weights."""
         adapter = self.settings.adapter
-        return adapter is None or not (adapter.dropout or adapter.targets.isdisjoint(matrices))
+        return adapter is None or adapter.reads(*matrices)
 
     def _norms(self) -> float:
         """Norms of the residual stream, and what the matrices after them keep as their input."""

@@ -7,9 +7,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from launcher.planning.activations import ADAPTED_FAMILIES, ADAPTED_MATRICES, ATTENTION_INPUTS, LayerAdapter
+from launcher.planning import layer_adapter as layers
 from launcher.planning.adapters import adapted, targets_of
 from launcher.planning.families import list_parameters
+from launcher.planning.layer_adapter import LayerAdapter
 from launcher.planning.model_shape import unknown_reason
 from launcher.planning.parameters import ParameterTensor
 from launcher.recipe.schema import Recipe
@@ -96,8 +97,8 @@ def layer_adapter(recipe: Recipe, config: Mapping[str, Any]) -> LayerAdapter | N
         return None
     named = targets_of(section, config["model_type"])
     targets = frozenset(name.rpartition(".")[2] for name in named)
-    known = config["model_type"] in ADAPTED_FAMILIES and targets <= ADAPTED_MATRICES
-    if not known or not targets & ATTENTION_INPUTS:
+    known = config["model_type"] in layers.FAMILIES and targets <= layers.MATRICES
+    if not known or not targets & layers.ATTENTION_INPUTS:
         return None
     return LayerAdapter(
         section.r,

@@ -12,8 +12,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.models.tiling import tile_loss, tile_mlps, tiled_loss_sum
-from launcher.planning.activations import ADAPTED_FAMILIES, ActivationModel, ActivationSettings, LayerAdapter
+from launcher.planning import layer_adapter
+from launcher.planning.activations import ActivationModel, ActivationSettings
 from launcher.planning.families import FAMILIES, list_parameters
+from launcher.planning.layer_adapter import LayerAdapter
 from launcher.planning.layers import LAYERS
 from tests.support.live_storages import LiveStorages
 from tests.support.small_models import small
@@ -187,7 +189,7 @@ CHECKPOINTING = {"gradient_checkpointing": True}
 
 @pytest.mark.parametrize("changes", [{}, {"precision": "fp32"}, CHECKPOINTING, {"packed": True}], ids=str)
 @pytest.mark.parametrize("targets", LORA)
-@pytest.mark.parametrize("family", sorted(ADAPTED_FAMILIES))
+@pytest.mark.parametrize("family", sorted(layer_adapter.FAMILIES))
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_model_with_an_adapter_keeps(kind: str, family: str, targets: str, changes: dict[str, Any]) -> None:
     wanted = replace(PLAIN, adapter=LayerAdapter(8, frozenset(LORA[targets]), **KINDS[kind]), **changes)
