@@ -9,10 +9,13 @@ import inspect
 import deepspeed
 import pytest
 import torch
+from deepspeed.comm.torch import TorchBackend, build_shm_op
 from deepspeed.ops.op_builder import quantizer
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
+from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 from deepspeed.runtime import utils
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -25,7 +28,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from transformers.utils import output_capturing
 
-from launcher.training.upstream import _ByNameOrModel, keep_no_input_of_frozen_matrices
+from launcher.training.upstream import _ByNameOrModel, disable_cpu_shared_memory_op, keep_no_input_of_frozen_matrices
 
 
 def test_these_are_faults_of_this_version() -> None:
@@ -93,6 +96,37 @@ def test_auto_ep_asks_the_registry_in_a_way_that_transformers_does_not_know() ->
     recorded = output_capturing._CanRecordRegistry()
     with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
         recorded.get("LlamaModel", None)
+
+
+def test_process_groups_are_made_without_a_time_out() -> None:
+    """What `set_collective_timeout` is for."""
+    assert "return torch.distributed.new_group(ranks)" in inspect.getsource(TorchBackend.new_group)
+
+
+def test_an_operation_over_shared_memory_is_built_unless_it_is_called_incompatible(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What `disable_cpu_shared_memory_op` is for."""
+    assert ShareMemCommBuilder.NAME == "deepspeed_shm_comm"
+    assert "deepspeed.ops.__compatible_ops__.get(builder.NAME, False)" in inspect.getsource(build_shm_op)
+    assert "builder.load()" in inspect.getsource(build_shm_op)
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, ShareMemCommBuilder.NAME, True)
+    disable_cpu_shared_memory_op()
+    assert build_shm_op() is None
+
+
+def test_tensor_parallel_ranks_count_in_its_batch_size() -> None:
+    """Why a plan sets the micro batch and the accumulation, and never `train_batch_size`."""
+    source = inspect.getsource(DeepSpeedConfig.__init__)
+    assert "self.world_size = dist.get_world_size()\n" in source
+    assert "tensor_parallel" not in source
+
+
+def test_a_16_bit_model_is_gathered_under_stage_3_alone() -> None:
+    """Why an export joins the parts of tensor-parallel ranks from a checkpoint, and never asks the engine."""
+    below = inspect.getsource(DeepSpeedEngine.save_16bit_model).partition("        else:\n            state_dict = ")[2]
+    assert below.startswith("self.module_state_dict(")
+    assert "gather" not in inspect.getsource(DeepSpeedEngine.module_state_dict)
 
 
 def test_a_scalar_among_the_parameters_cannot_be_sent_to_the_other_ranks() -> None:
