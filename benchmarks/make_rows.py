@@ -121,6 +121,14 @@ def chats(found: list[Function]) -> Iterator[Row]:
         yield {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": summary(node)}]}
 
 
+def answers(found: list[Function]) -> Iterator[Row]:
+    """Docstrings, which are good answers, and first lines of code, which are not."""
+    for index, (text, node) in enumerate(found):
+        good = index % 2 == 0
+        code = text.splitlines()[1].strip() if "\n" in text else "pass"
+        yield {"prompt": f"{text.splitlines()[0][:100]}\n", "completion": summary(node) if good else code, "label": good}
+
+
 def asked(found: list[Function]) -> Iterator[Row]:
     """Functions, and whether they return something; as text to continue, and as rows to ask about."""
     for text, node in found:
@@ -130,7 +138,7 @@ def asked(found: list[Function]) -> Iterator[Row]:
 
 
 ROWS: dict[str, Callable[[list[Function]], Iterator[Row]]] = {
-    each.__name__: each for each in (questions, statements, lengths, pairs, chats, asked)
+    each.__name__: each for each in (questions, statements, lengths, pairs, chats, answers, asked)
 }
 PROMPTS = """\
 file: asked-about.jsonl

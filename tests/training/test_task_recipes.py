@@ -38,6 +38,11 @@ def of_completions(metrics: dict[str, float], prepared: PreparedData) -> tuple[f
     return metrics["eval_loss"], unigram(prepared, "labels", lambda s: s["labels"] >= 0) - 0.1
 
 
+def of_few_targets(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
+    """Thirty steps are not many: no margin."""
+    return metrics["eval_loss"], unigram(prepared, "labels", lambda s: s["labels"] >= 0)
+
+
 def of_targets(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
     return metrics["eval_loss"], unigram(prepared, "labels", lambda s: s["labels"] >= 0) - 0.1
 
@@ -67,7 +72,7 @@ def of_classes(metrics: dict[str, float], prepared: PreparedData) -> tuple[float
 # Name; what must be below what; and overrides that keep the test short. The first and every sixth run by default: tasks that
 # no other test trains over two workers under ZeRO 2.
 REACHED = [
-    ("pretrain/masked-language-model", of_hidden_tokens, ()),
+    ("pretrain/masked-language-model", of_hidden_tokens, ("evaluation.eval_steps=150",)),
     ("finetune/text-classification", of_errors(0.1), ("training.max_steps=80",)),
     ("finetune/image-classification", of_errors(0.7), ()),
     ("finetune/supervised", of_completions, ("training.max_steps=60",)),
@@ -85,10 +90,10 @@ REACHED = [
     ("finetune/token-classification", of_metric("entity_f1", 0.35), ()),
     ("finetune/early-stopping", of_errors(0.25), ()),
     ("finetune/prompt-evaluation", of_completions, ()),
-    ("finetune/chat", of_completions, ()),
+    ("finetune/chat", of_completions, ("training.max_steps=30", "data.packing=first_fit_decreasing")),
     ("pretrain/vision-transformer", of_errors(0.5), ()),
     ("pretrain/replay", of_targets, ()),
-    ("pretrain/long-context", of_targets, ()),
+    ("pretrain/long-context", of_few_targets, ()),
 ]
 CASES = [pytest.param(*case, id=case[0], marks=pytest.mark.matrix) for case in REACHED]
 
