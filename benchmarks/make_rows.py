@@ -125,8 +125,8 @@ def answers(found: list[Function]) -> Iterator[Row]:
     """Docstrings, which are good answers, and first lines of code, which are not."""
     for index, (text, node) in enumerate(found):
         good = index % 2 == 0
-        code = text.splitlines()[1].strip() if "\n" in text else "pass"
-        yield {"prompt": f"{text.splitlines()[0][:100]}\n", "completion": summary(node) if good else code, "label": good}
+        head, code = [*text.splitlines(), "pass"][:2]
+        yield {"prompt": f"{head[:100]}\n", "completion": summary(node) if good else code.strip(), "label": good}
 
 
 def asked(found: list[Function]) -> Iterator[Row]:
