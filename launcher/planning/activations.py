@@ -16,34 +16,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launcher.planning.families import FAMILIES, resolve
+from launcher.planning.layer_adapter import ATTENTION_INPUTS, LayerAdapter, MatrixWidths
 from launcher.planning.layers import LAYERS, Layer
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
-
-ADAPTED_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
-"""Families for which a test of ours has compared what is kept under an adapter."""
-ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj"})
-ADAPTED_MATRICES = ATTENTION_INPUTS | {"o_proj", "gate_proj", "up_proj", "down_proj"}
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FP32 = 4
 _INT64 = 8
 _BATCH_TENSORS = 3  # input_ids, labels, position_ids
-
-
-@dataclass(frozen=True)
-class LayerAdapter:
-    """LoRA (arXiv 2106.09685) on some matrices of each layer, with everything else frozen.
-
-    A frozen matrix needs its input for nothing, and a frozen norm not what it has normalised, so that neither is kept.
-
-    Attributes:
-        rank: of the two matrices.
-        targets: ends of the names of the matrices that they belong to, at least one of the attention's inputs.
-    """
-
-    rank: int
-    targets: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -160,8 +141,8 @@ class ActivationModel:
         tiles = self.settings.mlp_tiles
         mlp = self._mlp(sparse)
         full = tokens * (self._norms() + self._attention() + (mlp if tiles == 1 else 0) + self._residual_dropout())
-        if self.settings.adapter is not None:  # what each pair of matrices hands on from one to the other
-            full += tokens * width * self.settings.adapter.rank * len(self.settings.adapter.targets)
+        if self.settings.adapter is not None:
+            full += self.settings.adapter.kept(tokens, width, self._mask_bytes(), self._widths())
         again = tokens * mlp / tiles if tiles > 1 else 0
         backward = tokens * width * (self._widest(sparse) / tiles + 3 * hidden)
         routed = self._balance() if sparse else 0
@@ -194,11 +175,13 @@ class ActivationModel:
         if self.dropout is not None and self.dropout[1] and self.layer.fused_qkv:  # GPT-2's, of the embeddings
             first += settings.tokens * self._mask_bytes() * self.hidden
         if settings.adapter is not None and not settings.gradient_checkpointing:
-            first -= settings.tokens * self._norm(self.hidden, 1)  # embeddings are frozen: the first norm keeps nothing
+            # Embeddings are frozen: the first norm keeps nothing, and dropout of what it makes no mask.
+            masks = settings.adapter.attention_masks * self._mask_bytes() * self.hidden
+            first -= settings.tokens * (self._norm(self.hidden, 1) + masks)
         log_probabilities = _FP32 * self.vocabulary
         capped = width * self.vocabulary if self.logit_softcap else 0
         kept = log_probabilities + capped if settings.loss_tiles == 1 else 0
-        head = width * self.hidden if settings.adapter is None else 0
+        head = width * self.hidden if settings.adapter is None or settings.adapter.head else 0
         # Distillation (`tasks/distillation.py: soft_loss`): both models' probabilities at a temperature.
         softened = 2 * _FP32 * self.vocabulary if settings.distilled else 0
         last = settings.tokens * (self._norm(self.hidden, 1) + head + kept + softened)
@@ -226,10 +209,14 @@ class ActivationModel:
             case "layer":  # the input, mean and deviation
                 return self.width * size + 2 * self.width * groups
 
+    def _widths(self) -> MatrixWidths:
+        queries, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
+        return MatrixWidths(self.hidden, queries, keys, self.inner)
+
     def _reads(self, *matrices: str) -> bool:
         """Whether one of these matrices needs its input for a gradient of weights."""
         adapter = self.settings.adapter
-        return adapter is None or not adapter.targets.isdisjoint(matrices)
+        return adapter is None or adapter.reads(*matrices)
 
     def _norms(self) -> float:
         """Norms of the residual stream, and what the matrices after them keep as their input."""

@@ -7,9 +7,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from launcher.planning.activations import ADAPTED_FAMILIES, ADAPTED_MATRICES, ATTENTION_INPUTS, LayerAdapter
+from launcher.planning import layer_adapter as layers
 from launcher.planning.adapters import adapted, targets_of
 from launcher.planning.families import list_parameters
+from launcher.planning.layer_adapter import LayerAdapter
 from launcher.planning.model_shape import unknown_reason
 from launcher.planning.parameters import ParameterTensor
 from launcher.recipe.schema import Recipe
@@ -90,14 +91,22 @@ def _is_frozen(name: str, recipe: Recipe) -> bool:
 def layer_adapter(recipe: Recipe, config: Mapping[str, Any]) -> LayerAdapter | None:
     """The adapter under which a recipe's activations are known; `None` without one, and where they are not."""
     section = recipe.adapter
-    if section is None or section.method not in ("lora", "rslora") or section.lora_dropout:
+    if section is None or section.method not in ("lora", "rslora", "dora"):
         return None
-    if section.modules_to_save:
+    if not set(section.modules_to_save) <= {"lm_head"}:
         return None
     named = targets_of(section, config["model_type"])
     targets = frozenset(name.rpartition(".")[2] for name in named)
-    known = config["model_type"] in ADAPTED_FAMILIES and targets <= ADAPTED_MATRICES
-    return LayerAdapter(section.r, targets) if known and targets & ATTENTION_INPUTS else None
+    known = config["model_type"] in layers.FAMILIES and targets <= layers.MATRICES
+    if not known or not targets & layers.ATTENTION_INPUTS:
+        return None
+    return LayerAdapter(
+        section.r,
+        targets,
+        scaled=section.method == "dora",
+        dropout=section.lora_dropout > 0,
+        head=bool(section.modules_to_save),
+    )
 
 
 def counts_too_much(recipe: Recipe, config: Mapping[str, Any]) -> bool:

@@ -164,6 +164,8 @@ def build_engine(plan: Plan, model: nn.Module, max_steps: int, swap: SwapFolder 
     if plan.layout.expert_parallel_size > 1:
         upstream.let_auto_ep_capture_outputs()
         groups = upstream.named_groups(groups)
+    if plan.zero_stage == 3:
+        upstream.keep_no_input_of_frozen_matrices()
     if swap is not None:
         build_async_io()
     engine, _, _, _ = deepspeed.initialize(

@@ -191,6 +191,31 @@ def let_auto_ep_capture_outputs() -> None:
     registry.__class__ = type("ByNameOrModel", (_ByNameOrModel, known), {})
 
 
+def keep_no_input_of_frozen_matrices() -> None:
+    """Let a frozen matrix keep nothing of its input for the backward pass under ZeRO 3, as PyTorch's own does.
+
+    The first engine of stage 3 puts another function in the place of `torch.nn.functional.linear`, for the life of the
+    process (`runtime/zero/partition_parameters.py: _enable_mem_efficient_linear`). That one keeps its input even where
+    no gradient of the matrix is made (`runtime/zero/linear.py: setup_context`): under LoRA, a tenth or more of all
+    activations.
+    """
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+
+    linear: Any = LinearFunctionForZeroStage3
+    original = linear.setup_context
+    if getattr(original, "keeps_no_input", False):
+        return
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        original(ctx, inputs, output)
+        _, weight, bias = inputs
+        if not ctx.needs_input_grad[1]:
+            ctx.save_for_backward(None, weight, bias)
+
+    setup_context.keeps_no_input = True  # type: ignore[attr-defined]
+    linear.setup_context = staticmethod(setup_context)
+
+
 def named_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Give parameter groups the names by which experts are split off (`moe/utils.py`: a group without ends it)."""
     return [{**group, "name": f"group {index}"} for index, group in enumerate(groups)]

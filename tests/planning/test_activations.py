@@ -12,8 +12,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.models.tiling import tile_loss, tile_mlps, tiled_loss_sum
-from launcher.planning.activations import ADAPTED_FAMILIES, ActivationModel, ActivationSettings, LayerAdapter
+from launcher.planning import layer_adapter
+from launcher.planning.activations import ActivationModel, ActivationSettings
 from launcher.planning.families import FAMILIES, list_parameters
+from launcher.planning.layer_adapter import LayerAdapter
 from launcher.planning.layers import LAYERS
 from tests.support.live_storages import LiveStorages
 from tests.support.small_models import small
@@ -48,8 +50,7 @@ def measure(config: dict[str, Any], wanted: ActivationSettings) -> tuple[int, in
     if wanted.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if wanted.adapter is not None:
-        targets = sorted(wanted.adapter.targets)
-        model = get_peft_model(model, LoraConfig(r=wanted.adapter.rank, target_modules=targets)).to(model.dtype)
+        model = get_peft_model(model, _peft(wanted.adapter)).to(model.dtype)
     if wanted.mlp_tiles > 1:
         tile_mlps(model, wanted.mlp_tiles)
     if wanted.loss_tiles > 1:
@@ -68,6 +69,16 @@ def measure(config: dict[str, Any], wanted: ActivationSettings) -> tuple[int, in
         kept = counter.live
         loss.backward()
     return kept, counter.peak
+
+
+def _peft(adapter: LayerAdapter) -> LoraConfig:
+    return LoraConfig(
+        r=adapter.rank,
+        target_modules=sorted(adapter.targets),
+        use_dora=adapter.scaled,
+        lora_dropout=0.1 if adapter.dropout else 0.0,
+        modules_to_save=["lm_head"] if adapter.head else None,
+    )
 
 
 def _loss(
@@ -166,14 +177,22 @@ LORA = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
+KINDS: dict[str, dict[str, bool]] = {
+    "lora": {},
+    "dora": {"scaled": True},
+    "dropout": {"dropout": True},
+    "dora-dropout": {"scaled": True, "dropout": True},
+    "head": {"head": True},
+}
 CHECKPOINTING = {"gradient_checkpointing": True}
 
 
 @pytest.mark.parametrize("changes", [{}, {"precision": "fp32"}, CHECKPOINTING, {"packed": True}], ids=str)
 @pytest.mark.parametrize("targets", LORA)
-@pytest.mark.parametrize("family", sorted(ADAPTED_FAMILIES))
-def test_an_adapter_keeps_less(family: str, targets: str, changes: dict[str, Any]) -> None:
-    wanted = replace(PLAIN, adapter=LayerAdapter(8, frozenset(LORA[targets])), **changes)
+@pytest.mark.parametrize("family", sorted(layer_adapter.FAMILIES))
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_model_with_an_adapter_keeps(kind: str, family: str, targets: str, changes: dict[str, Any]) -> None:
+    wanted = replace(PLAIN, adapter=LayerAdapter(8, frozenset(LORA[targets]), **KINDS[kind]), **changes)
     config = small(family)
     kept, peak = measure(config, wanted)
     planned_kept, planned_peak = planned(config, wanted)

@@ -319,7 +319,7 @@ def test_what_is_held_besides_decides_what_fits(make_recipe: MakeRecipe) -> None
 
 
 @pytest.mark.parametrize(
-    "changes", [{"adapter": {"method": "dora"}}, {"model.freeze": ["*.embed_tokens.*"]}], ids=["adapter", "frozen"]
+    "changes", [{"adapter": {"method": "ia3"}}, {"model.freeze": ["*.embed_tokens.*"]}], ids=["adapter", "frozen"]
 )
 def test_what_is_not_training_of_all_parameters_is_not_refused(
     make_recipe: MakeRecipe, changes: dict[str, Any]

@@ -12,3 +12,10 @@ THREE_DIMENSIONS = ("pipeline_parallel_size=2", "tensor_parallel_size=2", "zero.
 @pytest.mark.distributed
 def test_three_dimensions(ranks_of: RanksOf, equality: Equality) -> None:
     equality.check(ranks_of(8), *THREE_DIMENSIONS, model=equality.model(), data_parallel=2)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 0, 2])
+def test_four_tensor_parallel_ranks_twice(stage: int, ranks_of: RanksOf, equality: Equality) -> None:
+    equality.check(ranks_of(8), "tensor_parallel_size=4", f"zero.stage={stage}", data_parallel=2)

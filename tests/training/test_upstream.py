@@ -9,22 +9,26 @@ import inspect
 import deepspeed
 import pytest
 import torch
+from deepspeed.comm.torch import TorchBackend, build_shm_op
 from deepspeed.ops.op_builder import quantizer
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
+from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 from deepspeed.runtime import utils
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.lr_schedules import WarmupLR
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
-from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer, Init
+from deepspeed.runtime.zero import linear
+from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer, Init, InsertPostInitMethodToModuleSubClasses
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from transformers.utils import output_capturing
 
-from launcher.training.upstream import _ByNameOrModel
+from launcher.training.upstream import _ByNameOrModel, disable_cpu_shared_memory_op, keep_no_input_of_frozen_matrices
 
 
 def test_these_are_faults_of_this_version() -> None:
@@ -94,12 +98,70 @@ def test_auto_ep_asks_the_registry_in_a_way_that_transformers_does_not_know() ->
         recorded.get("LlamaModel", None)
 
 
+def test_process_groups_are_made_without_a_time_out() -> None:
+    """What `set_collective_timeout` is for."""
+    assert "return torch.distributed.new_group(ranks)" in inspect.getsource(TorchBackend.new_group)
+
+
+def test_an_operation_over_shared_memory_is_built_unless_it_is_called_incompatible(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What `disable_cpu_shared_memory_op` is for."""
+    assert ShareMemCommBuilder.NAME == "deepspeed_shm_comm"
+    assert "deepspeed.ops.__compatible_ops__.get(builder.NAME, False)" in inspect.getsource(build_shm_op)
+    assert "builder.load()" in inspect.getsource(build_shm_op)
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, ShareMemCommBuilder.NAME, True)
+    disable_cpu_shared_memory_op()
+    assert build_shm_op() is None
+
+
+def test_tensor_parallel_ranks_count_in_its_batch_size() -> None:
+    """Why a plan sets the micro batch and the accumulation, and never `train_batch_size`."""
+    source = inspect.getsource(DeepSpeedConfig.__init__)
+    assert "self.world_size = dist.get_world_size()\n" in source
+    assert "tensor_parallel" not in source
+
+
+def test_a_16_bit_model_is_gathered_under_stage_3_alone() -> None:
+    """Why an export joins the parts of tensor-parallel ranks from a checkpoint, and never asks the engine."""
+    below = inspect.getsource(DeepSpeedEngine.save_16bit_model).partition("        else:\n            state_dict = ")[2]
+    assert below.startswith("self.module_state_dict(")
+    assert "gather" not in inspect.getsource(DeepSpeedEngine.module_state_dict)
+
+
 def test_a_scalar_among_the_parameters_cannot_be_sent_to_the_other_ranks() -> None:
     """Why `tasks/image_text_contrastive.py` makes vectors of them."""
     for place in (DeepSpeedEngine._broadcast_model, Init._zero_init_param):
         assert ".data.view(torch.uint8)" in inspect.getsource(place)
     with pytest.raises(RuntimeError, match=r"dim\(\) cannot be 0 to view Float as Byte"):
         torch.zeros(()).view(torch.uint8)
+
+
+def test_stage_3_keeps_the_input_of_a_frozen_matrix() -> None:
+    """What `keep_no_input_of_frozen_matrices` is for."""
+    source = inspect.getsource(linear)
+    assert "ctx.save_for_backward(input, weight, bias)" in source
+    assert "torch.nn.functional.linear = zero3_linear_wrap" in inspect.getsource(InsertPostInitMethodToModuleSubClasses)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_our_linear_keeps_an_input_for_a_gradient_alone(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = linear.LinearFunctionForZeroStage3
+    monkeypatch.setattr(kind, "setup_context", vars(kind)["setup_context"])  # as it is now, again at the end
+    keep_no_input_of_frozen_matrices()
+    torch.manual_seed(1)
+    given = torch.randn(2, 3, 5, requires_grad=True)
+    weight, bias = torch.randn(4, 5, requires_grad=not frozen), torch.randn(4)
+    gradients = []
+    for function in (torch.nn.functional.linear, linear.zero3_linear_wrap):
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved, kept=kept: kept.append(saved.data_ptr()), id):
+            function(given, weight, bias)
+        assert (given.data_ptr() in kept) is not frozen
+        loss = function(given, weight, bias).square().sum()
+        gradients.append(torch.autograd.grad(loss, (given,) if frozen else (given, weight)))
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 def test_our_registry_answers_both() -> None:
