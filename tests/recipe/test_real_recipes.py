@@ -13,7 +13,7 @@ from launcher.cli.main import app
 from launcher.planning.plan import Plan
 from launcher.recipe.loading import load_recipe
 from launcher.recipe.tasks import TASKS
-from tests.support.recipes import PLANNED, SMOKES, TEXTS
+from tests.support.recipes import PLANNED, SMOKES, TEXTS, lines
 
 MINILM, SMOLLM2 = ("minilm", "bert"), ("smollm2-135m-instruct", "llama")
 ADAPTED = ("smollm2-lora", "dora", "rslora", "ia3", "prefix-tuning", "prompt-tuning", "p-tuning")
@@ -22,6 +22,15 @@ FETCHED = {
     **{f"finetune/{name}": SMOLLM2 for name in ADAPTED},
 }
 """Recipes of weights that benchmarks/real_weights.py fetches: their folder, and the kind of model in it."""
+UNMEASURED = {
+    f"finetune/{name}"
+    for name in (
+        *("audio-classification", "continual", "dora", "frozen-layers", "gradual-unfreezing", "p-tuning"),
+        *("prefix-tuning", "prompt-tuning", "image-classification", "sentence-embedding", "preference"),
+        *("supervised", "image-text"),
+    )
+}
+"""Recipes of which no run has been kept."""
 REAL = {name: words for name, words in PLANNED.items() if "--gpu" in words}
 
 
@@ -66,6 +75,15 @@ def test_recipes_for_gpus_have_a_smoke_variant() -> None:
     assert set(SMOKES) >= {name for name in {*REAL, *on_hub} if not name.startswith("parallel/")}
     for name, overrides in SMOKES.items():
         assert load_recipe(name, overrides).training.max_steps is not None
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if not name.startswith("parallel/")])
+def test_a_recipe_says_what_it_reached(name: str) -> None:
+    """By itself, or, where it needs GPUs or a model of the hub, by its smoke variant."""
+    head = " ".join(lines(TEXTS[name]))
+    measured = re.search(r"\bMeasured( by the smoke)?: [^.]*\d", head)
+    assert (measured is None) == (name in UNMEASURED)
+    assert measured is None or (measured[1] is not None) == (name in SMOKES)
 
 
 @pytest.fixture

@@ -98,6 +98,14 @@ REACHED = [
 CASES = [pytest.param(*case, id=case[0], marks=pytest.mark.matrix) for case in REACHED]
 
 
+SMALL = [
+    pytest.param(name, marks=() if name == "finetune/resnet50" else pytest.mark.exhaustive)
+    for name, overrides in SMOKES.items()
+    if not any("smollm2" in override for override in overrides)
+]
+"""Smoke variants that need no fetched weights; the quickest one runs by default."""
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("name", "measured", "overrides"), CASES)
 def test_a_shipped_recipe_beats_its_baseline(
@@ -115,9 +123,8 @@ def test_a_shipped_recipe_beats_its_baseline(
     assert value < baseline
 
 
-@pytest.mark.matrix
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", SMOKES)
+@pytest.mark.parametrize("name", SMALL)
 def test_the_smoke_variant_of_a_recipe_for_gpus_learns(
     tmp_path: Path, two_ranks: Ranks, assets: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
