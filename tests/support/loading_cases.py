@@ -4,11 +4,14 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import cases
 import torch
 import transformers
+from live_storages import LiveStorages
 
 from launcher.models.build import build_model
 from launcher.planning.plan import Plan
+from launcher.tasks import make_task
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -29,3 +32,13 @@ def load(plan: str, auto_class: str) -> dict[str, Any]:
         with deepspeed.zero.GatheredParameters([value], enabled=hasattr(value, "ds_id")):
             digests[name] = digest(value)
     return {"partitioned": all(hasattr(each, "ds_tensor") for each in model.parameters()), "digests": digests}
+
+
+def memory_of_a_build(plan: str) -> dict[str, int]:
+    """Bytes of a rank's part of a model, and the most that were alive while it was built."""
+    made = Plan.model_validate_json(Path(plan).read_bytes())
+    with LiveStorages() as counter:
+        model = make_task(made, {"pad_token_id": 0}).build_model()
+    own = sum(parameter.nbytes for parameter in model.parameters())
+    cases.forget_groups()
+    return {"own": own, "peak": counter.peak}
