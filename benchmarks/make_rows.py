@@ -105,11 +105,13 @@ def lengths(found: list[Function]) -> Iterator[Row]:
 
 
 def pairs(found: list[Function]) -> Iterator[Row]:
-    """Functions with their own docstrings, or with those of others."""
-    for index, (text, node) in enumerate(found):
-        own = index % 2 == 0
-        described = node if own else found[(index + 7) % len(found)][1]
-        yield {"text": text[:200], "text_pair": summary(described), "label": "own" if own else "other"}
+    """Two halves of what a function does, in their order or in the other one."""
+    for index, (text, _) in enumerate(found):
+        lines = text.splitlines()[1:]
+        if len(lines) >= 4:
+            halves = ["\n".join(part)[:200] for part in (lines[: len(lines) // 2], lines[len(lines) // 2 :])]
+            first, second = halves if index % 2 else reversed(halves)
+            yield {"text": first, "text_pair": second, "label": "in order" if index % 2 else "swapped"}
 
 
 def chats(found: list[Function]) -> Iterator[Row]:
@@ -117,6 +119,14 @@ def chats(found: list[Function]) -> Iterator[Row]:
     for text, node in found:
         asked = f"What does this do?\n{text[:160]}"
         yield {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": summary(node)}]}
+
+
+def answers(found: list[Function]) -> Iterator[Row]:
+    """Docstrings, which are good answers, and first lines of code, which are not."""
+    for index, (text, node) in enumerate(found):
+        good = index % 2 == 0
+        head, code = [*text.splitlines(), "pass"][:2]
+        yield {"prompt": f"{head[:100]}\n", "completion": summary(node) if good else code.strip(), "label": good}
 
 
 def asked(found: list[Function]) -> Iterator[Row]:
@@ -128,7 +138,7 @@ def asked(found: list[Function]) -> Iterator[Row]:
 
 
 ROWS: dict[str, Callable[[list[Function]], Iterator[Row]]] = {
-    each.__name__: each for each in (questions, statements, lengths, pairs, chats, asked)
+    each.__name__: each for each in (questions, statements, lengths, pairs, chats, answers, asked)
 }
 PROMPTS = """\
 file: asked-about.jsonl

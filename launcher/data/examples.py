@@ -47,7 +47,7 @@ class ExampleEncoder(Protocol):
         optional_roles: what it reads of the sources that have it.
 
     Rows that texts alone do not tell apart (pictures with the same caption) have `split_key(row) -> str` besides, which
-    then decides whether a row is held out.
+    then decides whether a row is held out. Where examples may share a sample, `packer() -> ExamplePacker` joins them.
     """
 
     roles: tuple[str, ...]

@@ -13,6 +13,7 @@ from xxhash import xxh3_128_hexdigest
 from cluster.errors import Problem
 from launcher.data.cache import building, cache_directory, only_one
 from launcher.data.examples import FIELDS, BadExample, EncodingError, Example, ExampleEncoder, Field, Row
+from launcher.data.packed_examples import OneASample
 from launcher.data.progress import ProgressReporter
 from launcher.data.rows import Rows
 from launcher.data.sources import LocatedSource, is_held_out, locate_sources, raise_if_full
@@ -209,6 +210,9 @@ class _Build:
         writers = {
             split: ExamplesWriter(split_folder(self.folder, split, index), self.encoder.fields()) for split in splits
         }
+        packs = getattr(self.encoder, "packer", OneASample)
+        packers = {split: packs() for split in splits}
+        counts: Counter[str] = Counter()
         bad: Counter[str] = Counter()
         seen = 0
         with self.reporter.stage(f"encoding {located.where}", None, "examples") as advance:
@@ -224,17 +228,21 @@ class _Build:
                     made = example if isinstance(example, list) else [example]
                     sides["validation" if held_out else splits[0]] += made
                 for split, examples in sides.items():
-                    writers[split].append(examples)
+                    counts[split] += len(examples)
+                    writers[split].append(packers[split].add(examples))
                 seen += len(batch)
                 advance(len(batch))
-        statistics = {split: writer.close() for split, writer in writers.items()}
+        statistics = {}
+        for split, writer in writers.items():
+            writer.append(packers[split].finish())
+            statistics[split] = {**writer.close(), "documents": counts[split]}
         self._judge(located.where, bad, seen)
         return {
             "source": located.where,
             "type": located.source.type,
             "files": len(located.files),
             "bad_examples": sum(bad.values()),
-            **{str(split): counts for split, counts in statistics.items()},
+            **{str(split): counted for split, counted in statistics.items()},
         }
 
     def _judge(self, where: str, bad: Counter[str], seen: int) -> None:

@@ -133,7 +133,9 @@ class DataSection(Section):
     chat template writes them. Of the last two only completions and the assistant's words are learnt."""
     packing: Literal["concat", "first_fit_decreasing", "none"] = "concat"
     """`concat`: one stream cut every sequence_length tokens, nothing wasted, documents are cut; `first_fit_decreasing`:
-    documents that fit are kept whole, a little padding; `none`: one document a sample, cut or padded."""
+    documents that fit are kept whole, a little padding; `none`: one document a sample, cut or padded. Examples of the
+    formats `prompt_completion` and `chat` are never cut up: they share rows with `first_fit_decreasing`, and are one a
+    sample otherwise."""
     cross_document_attention: bool = False
     """Let packed documents attend to each other and predict each other's first token."""
     max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)

@@ -145,8 +145,6 @@ def from_axolotl(content: Mapping[str, Any]) -> Imported:
             rest.pop(key)
         if adapter:
             found.left_out["adapter"] = f"{adapter!r}: quantised weights are not trained here; lora is"
-    if rest.pop("flash_attention", False):
-        found.put("model.attn_implementation", "flash_attention_2")
     _axolotl_kernels(found, rest)
     packing = rest.pop("sample_packing", None)
     chats = _axolotl_sources(found, rest.pop("datasets", None) or [])
@@ -155,7 +153,9 @@ def from_axolotl(content: Mapping[str, Any]) -> Imported:
     elif packing is False and kind is None:
         found.put("data.packing", "none")
     if packing and chats:
-        found.left_out["sample_packing"] = "chats are one a sample"
+        found.put("data.packing", "first_fit_decreasing")
+    shared = packing if chats else kind is None and packing is not False
+    _attention(found, rest, "flash_attention", True, apart=not shared or rest.get("micro_batch_size") == 1)
     if positive(rest.get("max_steps")):
         rest.pop("num_epochs", None)
     carry(found, rest, AXOLOTL)
@@ -205,6 +205,16 @@ def _axolotl_sources(found: Imported, datasets: list[Any]) -> bool:
     return chats
 
 
+def _attention(found: Imported, rest: dict[str, Any], key: str, value: Any, *, apart: bool) -> None:
+    """Flash attention, where it tells the samples of a row apart or there is one a row."""
+    if rest.pop(key, None) != value:
+        return
+    if apart:
+        found.put("model.attn_implementation", "flash_attention_2")
+    else:
+        found.left_out[key] = "it tells packed samples apart only in micro batches of one row; sdpa does in any"
+
+
 def from_llama_factory(content: Mapping[str, Any]) -> Imported:
     """From a LLaMA-Factory YAML."""
     found, rest = Imported("LLaMA-Factory"), {**_DEFAULTS, **content}
@@ -234,8 +244,10 @@ def from_llama_factory(content: Mapping[str, Any]) -> Imported:
             rest.pop(key)
     if method not in ("lora", "full"):
         found.left_out["finetuning_type"] = f"{method!r}: name frozen weights in model.freeze"
-    if rest.pop("flash_attn", None) == "fa2":
-        found.put("model.attn_implementation", "flash_attention_2")
+    if stage == "sft" and (rest.pop("packing", False) or rest.pop("neat_packing", False)):
+        found.put("data.packing", "first_fit_decreasing")
+    shared = stage == "pt" or "packing" in found.recipe.get("data", {})
+    _attention(found, rest, "flash_attn", "fa2", apart=not shared or rest.get("per_device_train_batch_size") == 1)
     if positive(rest.get("max_steps")):
         rest.pop("num_train_epochs", None)
     carry(found, rest, LLAMA_FACTORY)

@@ -78,8 +78,15 @@ class Recipe(Section):
         entry = TASKS[self.task]
         if self.data.format != "text" and self.task != "causal_lm":
             raise ValueError(f"data.format is for causal_lm; what {self.task} reads is named by the sources' columns")
-        if self.data.format != "text" and self.data.packing not in ("concat", "none"):
-            raise ValueError(f"data.packing is for plain text: with format {self.data.format}, a sample is one example")
+        if shares_rows(self) and self.data.format != "text" and self.data.cross_document_attention:
+            raise ValueError("conversations that share a row never see one another: leave cross_document_attention out")
+        apart = shares_rows(self) and not self.data.cross_document_attention
+        if apart and self.model.attn_implementation == "flash_attention_2" and self.training.micro_batch_size != 1:
+            # transformers, _is_packed_sequence: to it, other batches hold one document a row.
+            raise ValueError(
+                "flash_attention_2 tells the documents of a row apart only in micro batches of one row: set "
+                "training.micro_batch_size to 1, or model.attn_implementation to sdpa or flex_attention"
+            )
         if self.evaluation.generate.prompts and not entry.generates:
             raise ValueError(f"task {self.task} generates no text: leave evaluation.generate.prompts out")
         sizes = self.parallel
@@ -147,8 +154,7 @@ class Recipe(Section):
                 )
             if spread:
                 raise ValueError("an adapter is trained data parallel, with any ZeRO stage: leave parallel out")
-            packs = reads_packed_text(self) and self.data.packing != "none" and not self.data.cross_document_attention
-            if self.adapter.is_prompt and packs:
+            if self.adapter.is_prompt and apart:
                 raise ValueError(
                     f"{self.adapter.method} puts one prompt before each row, not before each document packed into it: "
                     "set data.packing to none"
@@ -192,3 +198,12 @@ def derives_data(recipe: Recipe) -> bool:
 def reads_packed_text(recipe: Recipe) -> bool:
     """Whether a recipe's samples are rows of packed text; otherwise its task's encoder makes examples."""
     return TASKS[recipe.task].packed_text and recipe.data.format == "text"
+
+
+def shares_rows(recipe: Recipe) -> bool:
+    """Whether several documents or conversations of a recipe stand in one row."""
+    if not TASKS[recipe.task].packed_text:
+        return False
+    if recipe.data.format != "text":
+        return recipe.data.packing == "first_fit_decreasing"
+    return recipe.data.packing != "none"

@@ -29,7 +29,7 @@ IGNORED = -100
 
 
 class CausalLanguageModelling(Task):
-    """Next-token prediction, over packed rows of text or over one conversation a sample.
+    """Next-token prediction, over packed rows of text or over conversations, one a sample or packed too.
 
     A row holds several documents. Position ids that restart at each document make transformers build a block-diagonal
     causal mask (`masking_utils.find_packed_sequence_indices`), so no attention mask travels with the batch. A
@@ -84,7 +84,7 @@ class CausalLanguageModelling(Task):
                 "input_ids": pad(samples, "input_ids", self.facts["pad_token_id"])["input_ids"],
                 "labels": pad(samples, "labels", IGNORED)["labels"],
             }
-            batch["position_ids"] = torch.arange(batch["labels"].shape[1]).expand_as(batch["labels"]).contiguous()
+            batch["position_ids"] = _positions(samples, batch["labels"].shape[1])
         batch["labels"] = torch.cat(
             [batch["labels"][:, 1:], batch["labels"].new_full((len(samples), 1), IGNORED)], dim=1
         )
@@ -124,3 +124,12 @@ class CausalLanguageModelling(Task):
         if balances:
             loss_sum = loss_sum + self.balance * num_targets * output.aux_loss
         return LossOutput(loss_sum, num_targets)
+
+
+def _positions(samples: Sequence[Sample], length: int) -> torch.Tensor:
+    """Positions of each conversation, int64 [samples, length]; they restart at each one and at what fills up a row."""
+    rows = []
+    for sample in samples:
+        own = sample.get("position_ids", np.arange(length))
+        rows.append(np.concatenate([own, np.arange(length - len(own))]).astype(np.int64))
+    return torch.from_numpy(np.stack(rows))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from launcher.data.examples import BadExample, EncodingError, Example, Field, Row
+from launcher.data.packed_examples import FIELDS, ExamplePacker, OneASample, PackedExamples
 from launcher.recipe.schema import Recipe
 
 IGNORED = -100
@@ -21,11 +22,17 @@ class ConversationEncoder:
         self.chat = recipe.data.format == "chat"
         self.roles: tuple[str, ...] = ("messages",) if self.chat else ("prompt", "completion")
         self.length = recipe.data.sequence_length
+        self.packs = recipe.data.packing == "first_fit_decreasing"
         self.tokenizer: Any = None
 
     def identity(self) -> Any:
-        """The form of the rows."""
-        return "chat" if self.chat else "prompt_completion"
+        """The form of the rows, and whether they share samples."""
+        form = "chat" if self.chat else "prompt_completion"
+        return [form, "packed"] if self.packs else form
+
+    def packer(self) -> ExamplePacker:
+        """Make what joins conversations to samples, or leaves them as they are."""
+        return PackedExamples(self.length) if self.packs else OneASample()
 
     def texts(self, row: Row) -> list[str]:
         """All that is said."""
@@ -44,8 +51,8 @@ class ConversationEncoder:
             raise EncodingError("the tokenizer has no end-of-text token", "tokenizer")
 
     def fields(self) -> dict[str, Field]:
-        """Tokens, and the same tokens as labels where they are learnt."""
-        return {"input_ids": Field("uint32"), "labels": Field("int32")}
+        """Tokens, the same tokens as labels where they are learnt, and where conversations that share a row begin."""
+        return FIELDS if self.packs else {"input_ids": Field("uint32"), "labels": Field("int32")}
 
     def encode(self, rows: Sequence[Row]) -> list[Example | BadExample]:
         """Tokenise, and mark what is learnt."""

@@ -22,6 +22,9 @@ OUTPUTS = ("logits", "start_logits", "end_logits")
 TOLERANCE = 1e-3
 """Of the largest difference, relative to the largest value: fp32 sums in another order stay far below."""
 
+_EAGER = ("t5", "mt5", "umt5")
+"""Models whose attention by `sdpa` torch cannot convert: it takes the result apart as if it lay in memory otherwise."""
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -168,6 +171,9 @@ def _convert(plain: _Plain, tensors: tuple[Tensor, ...], file: Path) -> None:
         for tensor, picture in zip(tensors, pictures, strict=True)
     )
     options: dict[str, Any] = {"input_names": list(plain.inputs), "output_names": list(plain.outputs)}
+    model: Any = plain.model
+    if model.config.model_type in _EAGER:
+        model.set_attn_implementation("eager")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch and onnxscript, about each other

@@ -107,7 +107,9 @@ def test_axolotl(tmp_path: Path) -> None:
     assert found.open == []
     assert (recipe.name, recipe.task, recipe.data.format) == ("lora-1b", "causal_lm", "chat")
     assert recipe.model.model_name_or_path == "NousResearch/Llama-3.2-1B"
-    assert recipe.model.attn_implementation == "flash_attention_2"
+    assert (recipe.model.attn_implementation, recipe.data.packing) == ("sdpa", "first_fit_decreasing")
+    alone = imported(tmp_path, "alone.yml", AXOLOTL.replace("micro_batch_size: 2", "micro_batch_size: 1"))
+    assert loaded(tmp_path, alone).model.attn_implementation == "flash_attention_2"
     (source,) = recipe.data.sources
     assert (source.type, source.split, source.columns) == ("hub", "train[:10%]", {"messages": "conversations"})
     assert recipe.adapter is not None
@@ -119,7 +121,7 @@ def test_axolotl(tmp_path: Path) -> None:
     assert (recipe.data.validation_fraction, recipe.data.sequence_length) == (0.1, 2048)
     assert recipe.optimizer.adam_beta2 == 0.999, "a recipe's own default is another one"
     unknown = {"loss_watchdog_threshold", "evals_per_epoch"}
-    assert set(found.left_out) == {"output_dir", "sample_packing", "optimizer", *unknown}
+    assert set(found.left_out) == {"output_dir", "flash_attention", "optimizer", *unknown}
     assert "# Not carried over: evals_per_epoch: a recipe has no such field\n" in found.yaml()
 
 

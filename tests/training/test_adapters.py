@@ -44,11 +44,10 @@ def make(folder: Path, model_folder: Path, adapter: dict[str, Any] | None, *over
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "stage"), [*((method, 2) for method in METHODS), ("lora", 3)])
 def test_only_the_adapter_is_trained_saved_and_exported(
-    tmp_path: Path, two_ranks: Ranks, model_folder: Path, method: str
+    tmp_path: Path, two_ranks: Ranks, model_folder: Path, method: str, stage: int
 ) -> None:
-    stage = 3 if method == "lora" else 2
     directory, plan, prepared = make(
         tmp_path,
         model_folder,

@@ -86,6 +86,42 @@ def test_completions_are_learnt_with_their_end(tmp_path: Path) -> None:
     assert (output.loss_sum / output.num_targets).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("form", ["chat", "prompt_completion"])
+def test_packed_conversations_lose_what_they_lose_apart(tmp_path: Path, form: str) -> None:
+    """The same tokens, targets, loss and gradient, in fewer rows; the shape of rows is all that differs."""
+    rows = [{"messages": m} for m in CHATS]
+    if form == "prompt_completion":
+        rows = [{"prompt": "" if i % 3 else f"{i}: ", "completion": "yes " * (1 + i % 5)} for i in range(40)]
+    found = []
+    for packing in ("none", "first_fit_decreasing"):
+        folder = tmp_path / packing
+        folder.mkdir()
+        _, plan, prepared = make(folder, rows, data={"format": form, "sequence_length": 800, "packing": packing})
+        (dataset,) = prepared.split("train")
+        task = make_task(plan, prepared.facts)
+        model = task.build_model().train()
+        loss_sum, targets, learnt_tokens = 0.0, 0, []
+        step = 3 if packing != "none" else 1  # a batch of rows of different lengths, and one without targets
+        for start in range(0, len(dataset), step):
+            samples = [dataset[index] for index in range(start, min(start + step, len(dataset)))]
+            batch = task.collate([*samples, without_targets(samples[0])] if step > 1 else samples)
+            output = task.loss(model, batch)
+            output.loss_sum.backward()
+            loss_sum, targets = loss_sum + output.loss_sum.item(), targets + int(output.num_targets)
+            learnt_tokens += batch["labels"][batch["labels"] >= 0].tolist()
+        grads = {name: values.grad / targets for name, values in model.named_parameters()}
+        found.append((len(dataset), prepared.statistics["train"], targets, loss_sum / targets, grads, learnt_tokens))
+    (apart, counts, *one), (packed, packed_counts, *other) = found
+    assert packed * 2 < apart == counts["documents"] == packed_counts["documents"] == counts["sequences"]
+    assert packed_counts["sequences"] == packed
+    assert packed_counts["tokens"] == counts["tokens"]
+    assert one[0] == other[0], "as many targets"
+    assert one[1] == pytest.approx(other[1], abs=1e-5)
+    for name, values in one[2].items():
+        torch.testing.assert_close(other[2][name], values, atol=1e-6, rtol=1e-4)
+    assert sorted(one[3]) == sorted(other[3])
+
+
 def test_messages_that_the_template_refuses_are_counted(tmp_path: Path) -> None:
     template = tmp_path / "strict.jinja"
     template.write_text(
@@ -142,7 +178,12 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, model_folder: Path
         make(tmp_path, rows, data=chat, tokenizer={"train": {"vocab_size": 300}, "chat_template": None})
     with pytest.raises(SourceError, match=r"there is no column messages .*; the columns are prompt"):
         make(tmp_path, [{"prompt": "a"}], data=chat)
-    with pytest.raises(RecipeError, match=r"packing is for plain text"):
-        make(tmp_path, rows, data={**chat, "packing": "first_fit_decreasing"})
+    packed = {**chat, "packing": "first_fit_decreasing"}
+    with pytest.raises(RecipeError, match=r"never see one another: leave cross_document_attention out"):
+        make(tmp_path, rows, data={**packed, "cross_document_attention": True})
+    with pytest.raises(RecipeError, match=r"puts one prompt before each row"):
+        make(tmp_path, rows, data=packed, adapter={"method": "prompt_tuning"})
+    with pytest.raises(RecipeError, match=r"only in micro batches of one row"):
+        make(tmp_path, rows, "model.attn_implementation=flash_attention_2", data=packed)
     with pytest.raises(RecipeError, match=r"there is no task 'causal_ml'; did you mean causal_lm\?"):
         load_recipe(tmp_path / "recipe.yaml", ["task=causal_ml"])

@@ -41,6 +41,9 @@ def outputs(task: Any, samples: list[Any]) -> list[Any]:
     found = []
     for sample in samples:
         batch = task.collate([sample])
+        if "pixels" in batch:
+            mean, std = (torch.tensor(task.form[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+            batch["pixel_values"] = (batch["pixels"].float() / 255 - mean) / std
         names = {"input_ids", "attention_mask", "token_type_ids", "pixel_values"} & set(batch)
         if task.auto_class.__name__ == "AutoModelForTokenClassification":
             names -= {"token_type_ids"}

@@ -31,11 +31,16 @@ def unigram(prepared: PreparedData, field: str, counted: Callable[[Any], Any]) -
 
 
 def of_hidden_tokens(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
-    return metrics["eval_masked_lm_loss"], unigram(prepared, "input_ids", lambda s: s["words"] != NO_WORD) - 0.1
+    return metrics["eval_masked_lm_loss"], unigram(prepared, "input_ids", lambda s: s["words"] != NO_WORD) - 0.05
 
 
 def of_completions(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
     return metrics["eval_loss"], unigram(prepared, "labels", lambda s: s["labels"] >= 0) - 0.1
+
+
+def of_few_targets(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
+    """Thirty steps are not many: no margin."""
+    return metrics["eval_loss"], unigram(prepared, "labels", lambda s: s["labels"] >= 0)
 
 
 def of_targets(metrics: dict[str, float], prepared: PreparedData) -> tuple[float, float]:
@@ -64,30 +69,31 @@ def of_classes(metrics: dict[str, float], prepared: PreparedData) -> tuple[float
     return 1 - metrics["eval_f1_micro"], 1 - metrics["eval_majority_f1_micro"] - 0.02
 
 
-# Name; what must be below what; and overrides that keep the test short.
+# Name; what must be below what; and overrides that keep the test short. The first and every sixth run by default: tasks
+# that no other test trains over two workers under ZeRO 2.
 REACHED = [
+    ("pretrain/masked-language-model", of_hidden_tokens, ("evaluation.eval_steps=150",)),
     ("finetune/text-classification", of_errors(0.1), ("training.max_steps=80",)),
     ("finetune/image-classification", of_errors(0.7), ()),
-    ("pretrain/masked-language-model", of_hidden_tokens, ()),
     ("finetune/supervised", of_completions, ("training.max_steps=60",)),
     ("finetune/preference", of_pairs, ("training.max_steps=50",)),
     ("finetune/sentence-embedding", of_ranks, ()),
+    ("finetune/reward-model", of_pairs, ("training.max_steps=30",)),
     ("finetune/sequence-to-sequence", of_targets, ()),
-    ("finetune/question-answering", of_metric("exact_match", 0.3), ()),
+    ("finetune/question-answering", of_metric("exact_match", 0.5), ()),
     ("finetune/multi-label", of_classes, ()),
-    ("finetune/regression", of_metric("r2", 0.1), ()),
-    ("finetune/sentence-pairs", of_errors(0.03), ()),
-    ("finetune/reward-model", of_pairs, ()),
+    ("finetune/regression", of_metric("r2", 0.5), ()),
+    ("finetune/sentence-pairs", of_errors(0.25), ()),
+    ("finetune/image-folder", of_errors(0.7), ()),
     ("finetune/weight-average", of_errors(0.1), ()),
     ("finetune/adversarial", of_errors(0.1), ()),
-    ("finetune/token-classification", of_metric("entity_f1", 0.3), ()),
-    ("finetune/early-stopping", of_errors(0.1), ()),
+    ("finetune/token-classification", of_metric("entity_f1", 0.35), ()),
+    ("finetune/early-stopping", of_errors(0.25), ()),
     ("finetune/prompt-evaluation", of_completions, ()),
-    ("finetune/chat", of_completions, ()),
-    ("finetune/image-folder", of_errors(0.5), ()),
+    ("finetune/chat", of_completions, ("training.max_steps=30", "data.packing=first_fit_decreasing")),
     ("pretrain/vision-transformer", of_errors(0.5), ()),
     ("pretrain/replay", of_targets, ()),
-    ("pretrain/long-context", of_targets, ()),
+    ("pretrain/long-context", of_few_targets, ()),
 ]
 CASES = [pytest.param(*case, id=case[0], marks=pytest.mark.matrix) for case in REACHED]
 
