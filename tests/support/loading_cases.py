@@ -4,10 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import cases
 import torch
 import transformers
-from live_storages import LiveStorages
 
 from launcher.models.build import build_model
 from launcher.planning.plan import Plan
@@ -36,6 +34,9 @@ def load(plan: str, auto_class: str) -> dict[str, Any]:
 
 def memory_of_a_build(plan: str) -> dict[str, int]:
     """Bytes of a rank's part of a model, and the most that were alive while it was built."""
+    import cases  # of a rank: the test's own process imports this file too
+    from live_storages import LiveStorages
+
     made = Plan.model_validate_json(Path(plan).read_bytes())
     with LiveStorages() as counter:
         model = make_task(made, {"pad_token_id": 0}).build_model()

@@ -97,7 +97,8 @@ def test_a_stage_of_a_pipeline_is_built_without_the_others(tmp_path: Path, two_r
     model = save(tmp_path / "model", "AutoModelForCausalLM", config)
     overrides = ["parallel.pipeline_parallel_size=2", "zero.stage=1"]
     if not pretrained:
-        overrides += ["model.model_name_or_path=null", f"model.config={model / 'config.json'}"]
+        source = ("model.model_name_or_path=null", f"model.config={model / 'config.json'}")
+        overrides += [*source, "tokenizer.train={vocab_size: 1000}"]
     plan = plan_of(tmp_path, model, *overrides)
     ranks = two_ranks.call("loading_cases:memory_of_a_build", plan=str(plan))
     whole = 4 * json.loads(plan.read_text())["model"]["num_parameters"]
