@@ -18,17 +18,13 @@ from tests.support.recipes import PLANNED, SMOKES, TEXTS, lines
 MINILM, SMOLLM2 = ("minilm", "bert"), ("smollm2-135m-instruct", "llama")
 ADAPTED = ("smollm2-lora", "dora", "rslora", "ia3", "prefix-tuning", "prompt-tuning", "p-tuning")
 FETCHED = {
-    **{f"finetune/{name}": MINILM for name in ("movie-reviews", "gradual-unfreezing", "frozen-layers")},
+    **{f"finetune/{name}": MINILM for name in ("movie-reviews", "gradual-unfreezing")},
     **{f"finetune/{name}": SMOLLM2 for name in ADAPTED},
 }
 """Recipes of weights that benchmarks/real_weights.py fetches: their folder, and the kind of model in it."""
 UNMEASURED = {
     f"finetune/{name}"
-    for name in (
-        *("audio-classification", "continual", "dora", "frozen-layers", "gradual-unfreezing", "p-tuning"),
-        *("prefix-tuning", "prompt-tuning", "image-classification", "sentence-embedding", "preference"),
-        *("supervised", "image-text"),
-    )
+    for name in ("audio-classification", "continual", "dora", "gradual-unfreezing", "prefix-tuning", "prompt-tuning")
 }
 """Recipes of which no run has been kept."""
 REAL = {name: words for name, words in PLANNED.items() if "--gpu" in words}
