@@ -7,7 +7,7 @@ import argparse
 import json
 import time
 
-from launcher.orchestration.simulated_group import Scenario
+from launcher.orchestration.scenario import Scenario
 from launcher.orchestration.simulator import expected_goodput, simulate
 from launcher.recipe.run_sections import FaultToleranceSection
 

@@ -32,6 +32,10 @@ POLL_S = 0.1
 REPORT_S = 1.0
 """A waiting node repeats its report this often: writing into a folder makes NFS look for what others wrote there."""
 START_TRIES = 3
+ALIVE_S = 10.0
+"""The first node repeats its report this often while the driver runs."""
+SILENCE_S = 60.0
+"""A first node that has not repeated it for so long is lost."""
 
 
 class ProvisionError(ExpectedError):
@@ -121,9 +125,9 @@ class NodeAgent(ABC):
         name = self.place.names[self.place.index]
         self.folder.report(self.place.index, NodeReport(name, self.place.address, process, state, message))
 
-    def refresh(self) -> None:
-        """Repeat the last report when it is a second old."""
-        if time.monotonic() - self._reported > REPORT_S:
+    def refresh(self, every_s: float = REPORT_S) -> None:
+        """Repeat the last report when it is so old."""
+        if time.monotonic() - self._reported > every_s:
             last = self.folder.node(self.place.index)
             self.report(last.state if last else "starting")
 
@@ -135,26 +139,53 @@ class NodeAgent(ABC):
 
 
 class OtherNode(NodeAgent):
-    """Joins the first node's Ray, and leaves when the job has ended or Ray has."""
+    """Joins the first node's Ray, and leaves when the job has ended or Ray has.
+
+    In an elastic job it joins again when its Ray has ended (its cable was out, say), while the first node is there.
+    """
+
+    _heard: float | None = None
+    _heard_at = 0.0
 
     def play(self) -> Outcome:
         """See `NodeAgent.play`."""
-        for attempt in range(1, START_TRIES + 1):
+        self._heard_at = time.monotonic()
+        attempt = 1
+        while (outcome := self._take_part(attempt)) is None:
+            self.end_ray(keep_logs=True)
+            say("ray: it ended here; joining again")
+            attempt += 1
+        return outcome
+
+    def leave(self, outcome: Outcome) -> None:
+        """Do nothing: the first node says how the job ended."""
+
+    def first_node_is_lost(self) -> bool:
+        """Whether the first node has stopped repeating its report; looked at often, or it seems to be sooner."""
+        report = self.folder.node(0)
+        if report is not None and report.time != self._heard:
+            self._heard, self._heard_at = report.time, time.monotonic()
+        return time.monotonic() - self._heard_at > SILENCE_S
+
+    def _take_part(self, again: int) -> Outcome | None:
+        """Join, and stay; returns `None` when there is to be another time.
+
+        Args:
+            again: the how manieth time this is.
+        """
+        for attempt in range(again, again + START_TRIES):
             ray = self._prepare_ray(attempt)
-            head = self._await_head()
+            head = self._await_head(first=again == 1)
             if head is None:
                 break
             try:
                 return self._join(ray, *head)
             except RayStartError as error:
                 self.end_ray(keep_logs=True)
-                if attempt == START_TRIES:
+                if attempt == again + START_TRIES - 1:
                     raise
                 say(f"{error}\nray: this node did not join; trying again")
         return Outcome("stopped", None, "the job ended before this node joined")
-
-    def leave(self, outcome: Outcome) -> None:
-        """Do nothing: the first node says how the job ended."""
 
     def _prepare_ray(self, attempt: int) -> RayNode:
         """Start what can be started before the head is known, on other ports at each attempt."""
@@ -163,25 +194,27 @@ class OtherNode(NodeAgent):
         self.ray = prepare_worker(self.place.address, ports, self.resources, log=self.folder.ray_log(index))
         return self.ray
 
-    def _await_head(self) -> tuple[str, str] | None:
+    def _await_head(self, *, first: bool) -> tuple[str, str] | None:
         """Wait for a head that listens; `None` when the job ends before.
 
         Raises:
-            ProvisionError: none came.
+            ProvisionError: none came, or the first node is lost.
         """
         deadline = time.monotonic() + self.spec.join_timeout_s
         while self.folder.outcome() is None and not self.ending_now:
             head = self.folder.head()
             if head is not None and accepts_connections(head[0]):
                 return head
-            if time.monotonic() > deadline:
+            if first and time.monotonic() > deadline:
                 what = f"the Ray head at {head[0]} does not answer" if head else "the first node announced no Ray head"
                 raise ProvisionError(f"{what} within {self.spec.join_timeout_s:.0f} s, seen from {self.place.address}")
+            if not first and self.first_node_is_lost():
+                raise ProvisionError(f"the first node, {self.place.names[0]}, is lost")
             self.refresh()
             time.sleep(POLL_S)
         return None
 
-    def _join(self, ray: RayNode, head_address: str, token: str) -> Outcome:
+    def _join(self, ray: RayNode, head_address: str, token: str) -> Outcome | None:
         say(f"ray: joining {head_address} as {self.place.address}")
         ray.join(head_address, RaySecrets(token, self.spec.node_timeout_s))
         joined = False
@@ -193,9 +226,12 @@ class OtherNode(NodeAgent):
             if ray.process.poll() is not None:
                 if not joined:
                     ray.check_alive()
+                if self.spec.min_nodes is not None:
+                    return None
                 return Outcome("failed", None, f"Ray ended here with code {ray.process.returncode}")
             if not joined:
                 self.refresh()
+            self.first_node_is_lost()
             time.sleep(5 * POLL_S if joined else POLL_S)
         return Outcome("completed", None)
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from cluster.agent import POLL_S, START_TRIES, NodeAgent, ProvisionError, agent_command, say
+from cluster.agent import ALIVE_S, POLL_S, START_TRIES, NodeAgent, ProvisionError, agent_command, say
 from cluster.processes import prepare_child
 from cluster.ray_node import RaySecrets, RayStartError, port_block, start_head
 from cluster.start_folder import NodeReport, Outcome, StartFolder
@@ -196,6 +196,7 @@ class FirstNode(NodeAgent):
             if not head_lost and self.ray is not None and self.ray.process.poll() is not None:
                 head_lost = True
                 say(f"ray: the head ended with code {self.ray.process.returncode}; see {self.folder.ray_log(0)}")
+            self.refresh(ALIVE_S)
             time.sleep(POLL_S)
         say(f"driver: ended with code {code}")
         return code

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import BackendError
 from cluster.job_files import log_of, make_job_directory, node_names, spec_of, status_from_files
 from cluster.slurm_states import EXPLANATIONS, SlurmJob, ask_sacct, ask_squeue, run_slurm
-from cluster.slurm_task import REQUEUE_FILE, SlurmTask
+from cluster.slurm_task import EXIT_CODE_FILE, REQUEUE_FILE, SlurmTask
 from cluster.start_folder import last_start
 from cluster.types import JobRecord, JobRequest, JobState, JobStatus, Log, Submission
 
@@ -143,7 +143,7 @@ def _executor(request: JobRequest) -> Any:
     parameters: dict[str, Any] = {
         "job_name": request.name,
         "nodes": request.nodes if fewest is None else f"{fewest}-{request.nodes}",
-        "ntasks_per_node": 1,
+        "ntasks_per_node": None if _is_range(request) else 1,
         "cpus_per_task": math.ceil(request.cpus_per_node),
         "gpus_per_node": request.gpus_per_node if request.gpus_per_node and slurm.gres is None else None,
         "time": minutes,
@@ -153,8 +153,8 @@ def _executor(request: JobRequest) -> Any:
         "stderr_to_stdout": True,
         "wckey": None,
         "setup": list(slurm.setup) or None,
-        "teardown": _requeue_lines(request.job_directory),
-        "srun_args": ["--kill-on-bad-exit=1", *_container_arguments(slurm.container), *slurm.srun_arguments],
+        "teardown": _last_lines(request),
+        "srun_args": [*_srun_arguments(request), *_container_arguments(slurm.container), *slurm.srun_arguments],
         "additional_parameters": _options(request),
         **_plain_options(slurm),
     }
@@ -164,7 +164,8 @@ def _executor(request: JobRequest) -> Any:
 
 def _options(request: JobRequest) -> dict[str, Any]:
     """Options of sbatch that submitit does not know; one that is set to false is left out."""
-    options = {"requeue": True, "chdir": str(request.run_directory), **request.profile.slurm.options}
+    own = {"requeue": True, "no-kill": _outlives_nodes(request), "chdir": str(request.run_directory)}
+    options = {**own, **request.profile.slurm.options}
     return {name: value for name, value in options.items() if value is not False}
 
 
@@ -211,11 +212,30 @@ def _container_arguments(container: "ContainerSection | None") -> list[str]:
     return [f"--container-image={container.image}", *mounts, *container.arguments]
 
 
-def _requeue_lines(job_directory: Path) -> list[str]:
+def _is_range(request: JobRequest) -> bool:
+    """Whether Slurm may give fewer nodes than most; it gives the fewest where sbatch is told the tasks of a node."""
+    return request.profile.min_nodes is not None and request.profile.min_nodes < request.nodes
+
+
+def _outlives_nodes(request: JobRequest) -> bool:
+    """Whether the job goes on without nodes that Slurm loses: it is elastic, and its agents can ask for a requeue."""
+    slurm = request.profile.slurm
+    return _is_range(request) and slurm.container is None and slurm.options.get("no-kill") is not False
+
+
+def _srun_arguments(request: JobRequest) -> list[str]:
+    tasks = ["--ntasks-per-node=1"] if _is_range(request) else []
+    return [*tasks, "--no-kill" if _outlives_nodes(request) else "--kill-on-bad-exit=1"]
+
+
+def _last_lines(request: JobRequest) -> list[str]:
     """The end of the batch script. It requeues, and not the agent, which may run in a container without Slurm."""
-    mark = shlex.quote(str(job_directory / REQUEUE_FILE))
+    mark = shlex.quote(str(request.job_directory / REQUEUE_FILE))
+    code = shlex.quote(str(request.job_directory / EXIT_CODE_FILE))
+    lost = [f"if [ -e {code} ]; then status=$(cat {code}); rm -f {code}; fi"] if _outlives_nodes(request) else []
     return [
         "status=$?",
+        *lost,
         f"if [ -e {mark} ]; then",
         f"  rm -f {mark}",
         '  scontrol requeue "$SLURM_JOB_ID" || echo "Slurm refuses to requeue the job; submit it again to go on" >&2',

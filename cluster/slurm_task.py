@@ -12,12 +12,16 @@ from pathlib import Path
 from signal import SIGUSR2
 
 from cluster.agent import NodeAgent, OtherNode, Place, say
+from cluster.errors import BackendError
 from cluster.first_node import FirstNode, exit_code
 from cluster.provision import usable_address
+from cluster.slurm_states import run_slurm
 from cluster.start_folder import JobSpec, Outcome, StartFolder
 
 REQUEUE_FILE = "requeue"
 """In the job's directory: tells the batch script to requeue. It has Slurm's commands, which a container may lack."""
+EXIT_CODE_FILE = "exit_code"
+"""There too, of an elastic job: what the batch script ends with."""
 
 STARTS_WITHOUT_PROGRESS = 3
 STARTS_PER_ARRAY_TASK = 1000
@@ -48,7 +52,7 @@ class SlurmTask:
         address = usable_address(own_address(slurm.node, names), slurm.node)
         place = Place(slurm.node, names, address, f"slurm/{slurm.raw_job_id}")
         spec = replace(JobSpec.read(job_directory), nodes=len(names))  # of --nodes=MIN-MAX what there was
-        agent_class: type[NodeAgent] = OtherNode if slurm.node else SlurmFirstNode
+        agent_class: type[NodeAgent] = SlurmOtherNode if slurm.node else SlurmFirstNode
         outcome = agent_class(spec, job_directory, folder, place).run()
         raise SystemExit(exit_code(outcome))
 
@@ -58,9 +62,9 @@ class SlurmFirstNode(FirstNode):
 
     def leave(self, outcome: Outcome) -> None:
         """See `NodeAgent.leave`."""
-        outcome = replace(outcome, progress=self._progress())
+        outcome = replace(outcome, progress=_progress(self.spec))
         if outcome.state == "stopped" and (SIGUSR2 in self.signals or _is_preempted()):
-            idle = self._starts_without_progress(outcome.progress)
+            idle = _starts_without_progress(self.job_directory, self.folder, outcome.progress)
             if idle < STARTS_WITHOUT_PROGRESS:
                 outcome = replace(outcome, requeue=True, message=f"{outcome.message}, to be requeued")
                 (self.job_directory / REQUEUE_FILE).touch()
@@ -68,28 +72,58 @@ class SlurmFirstNode(FirstNode):
                 outcome = replace(
                     outcome,
                     state="failed",
-                    message=f"{idle} starts in a row ended before a new checkpoint; the job is not requeued any more. "
+                    message=f"{_given_up(idle)}. "
                     "Give it more time (slurm.time_limit), or let it save sooner (checkpoint.save_steps)",
                 )
             say(outcome.message)
+        if self.spec.min_nodes is not None:  # srun's own code tells of the nodes that were lost
+            (self.job_directory / EXIT_CODE_FILE).write_text(str(exit_code(outcome)))
         super().leave(outcome)
 
-    def _progress(self) -> str:
-        """What the run has saved; differs after every save."""
-        folder = Path(self.spec.progress_directory)
-        return " ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""
 
-    def _starts_without_progress(self, progress: str) -> int:
-        """How many starts in a row, this one included, have ended with these checkpoints."""
-        count = 1
-        for folder in reversed(StartFolder.all_of(self.job_directory)):
-            past = folder.outcome()
-            if folder.path == self.folder.path or past is None:
-                continue
-            if past.progress != progress:
-                break
-            count += 1
-        return count
+class SlurmOtherNode(OtherNode):
+    """Has the job requeued when its first node is lost, which an elastic job outlives and cannot go on without."""
+
+    def leave(self, outcome: Outcome) -> None:
+        """See `NodeAgent.leave`."""
+        lost = outcome.state == "failed" and self.spec.min_nodes is not None and self.first_node_is_lost()
+        if not lost or not self.folder.is_first("requeue"):
+            return
+        progress = _progress(self.spec)
+        idle = _starts_without_progress(self.job_directory, self.folder, progress)
+        again = idle < STARTS_WITHOUT_PROGRESS
+        message = f"{outcome.message}; {'to be requeued' if again else _given_up(idle)}"
+        say(message)
+        self.folder.forget_head()
+        self.folder.end(replace(outcome, message=message, requeue=again, progress=progress))
+        command = ["scontrol", "requeue"] if again else ["scancel"]
+        try:
+            run_slurm(*command, os.environ["SLURM_JOB_ID"])
+        except BackendError as error:
+            say(f"{error}; submit the job again to go on")
+
+
+def _given_up(starts: int) -> str:
+    return f"{starts} starts in a row ended before a new checkpoint; the job is not requeued any more"
+
+
+def _progress(spec: JobSpec) -> str:
+    """What the run has saved; differs after every save."""
+    folder = Path(spec.progress_directory)
+    return " ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""
+
+
+def _starts_without_progress(job_directory: Path, current: StartFolder, progress: str) -> int:
+    """How many starts in a row, the current one included, have ended with these checkpoints."""
+    count = 1
+    for folder in reversed(StartFolder.all_of(job_directory)):
+        past = folder.outcome()
+        if folder.path == current.path or past is None:
+            continue
+        if past.progress != progress:
+            break
+        count += 1
+    return count
 
 
 def _is_preempted() -> bool:

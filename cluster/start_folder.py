@@ -188,6 +188,14 @@ class StartFolder:
         """Say how this start ended; the other nodes leave then."""
         write_json(self.path / "outcome.json", asdict(outcome))
 
+    def is_first(self, what: str) -> bool:
+        """Whether nobody else has done or will do this; of several nodes, one gets it."""
+        try:
+            (self.path / f"{what}.once").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
     def outcome(self) -> Outcome | None:
         """How this start ended, if it has."""
         values = read_json(self.path / "outcome.json")

@@ -3,6 +3,7 @@
 from cluster.errors import DocumentError, ExpectedError, Problem
 
 __all__ = [
+    "BadLossesError",
     "CheckpointError",
     "DataError",
     "DocumentError",
@@ -58,6 +59,10 @@ class StorageError(ExpectedError):
 
 class NumericError(ExpectedError):
     """The loss is not finite, or a spike."""
+
+
+class BadLossesError(NumericError):
+    """More losses were bad than the recipe lets a run leave out."""
 
 
 class TrainingError(ExpectedError):

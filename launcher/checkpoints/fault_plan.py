@@ -3,7 +3,8 @@
 Nothing here does anything unless a test has put its switch into the driver's environment; no recipe and no option can.
 The plan is a JSON list of `{"fault": ..., "point": ..., "rank": ..., "step": ...}`: at which place in a worker's life,
 on which rank (null: all), after how many optimizer steps (null: at any; within a save: at which visit). Each entry
-happens once in a run, over all its attempts; only `slow` goes on, for `steps` steps if that is given.
+happens once in a run, over all its attempts; only `slow` goes on, for `steps` steps if that is given, and what has
+`"always": true`.
 """
 
 import json
@@ -68,7 +69,7 @@ def _consider(mark: Path, entry: dict[str, Any], step: int) -> None:
     if entry["fault"] == "slow":
         if wanted is None or wanted <= step < wanted + entry.get("steps", math.inf):
             time.sleep(entry["seconds"])
-    elif (wanted is None or step == wanted) and _first(mark):
+    elif (wanted is None or step == wanted) and (entry.get("always") or _first(mark)):
         _do(mark, entry)
 
 

@@ -20,6 +20,8 @@ def simulate(
     step_seconds: Annotated[float, typer.Option(min=0.001, help="Length of an optimizer step.")] = 10.0,
     save_steps: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's, or the best interval.")] = None,
     save_seconds: Annotated[float, typer.Option(min=0, help="For which a checkpoint stops training.")] = 30.0,
+    memory_steps: Annotated[int | None, typer.Option(min=1, help="Steps between two states in host memory.")] = None,
+    memory_seconds: Annotated[float, typer.Option(min=0, help="For which such a state stops training.")] = 1.0,
     start_seconds: Annotated[float, typer.Option(min=0, help="From starting workers to their first step.")] = 120.0,
     spare_nodes: Annotated[int | None, typer.Option(min=0, help="Default: a lost node is replaced at once.")] = None,
     repair_hours: Annotated[float, typer.Option(min=0, help="Until a lost node is back.")] = 24.0,
@@ -30,12 +32,16 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Of the failures; the same seed gives the same events.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Say what goodput to expect, and what to set, by the launcher's own failure policy on a simulated cluster."""
+    """Say what goodput to expect, and what to set, by the launcher's own failure policy on a simulated cluster.
+
+    States in host memory (memory_steps) are those of the recipe's fault_tolerance.memory_checkpoint unless given.
+    """
     from launcher.errors import ExpectedError
     from launcher.orchestration import simulator
-    from launcher.orchestration.simulated_group import Scenario
+    from launcher.orchestration.scenario import Scenario
 
     settings, recipe_steps = _of_recipe(recipe)
+    kept = settings.memory_checkpoint
     count = nodes if nodes is not None else _of_profile(profile)
     if count is None:
         raise ExpectedError("how many nodes? Give --nodes, or a --profile")
@@ -47,6 +53,8 @@ def simulate(
         step_seconds=step_seconds,
         save_steps=save_steps or recipe_steps or max(1, round(best)),
         save_seconds=save_seconds,
+        memory_steps=memory_steps or (None if kept is None else kept.every_steps),
+        memory_seconds=memory_seconds,
         start_seconds=start_seconds,
         spare_nodes=spare_nodes,
         repair_hours=repair_hours,
@@ -85,9 +93,10 @@ def _of_profile(name: str | None) -> int | None:
 def _lines(simulation: "Simulation", recommendation: "Recommendation") -> list[str]:
     scenario, account = simulation.scenario, simulation.account
     between = readable_seconds(simulation.hours_between_failures * 3600) if simulation.failures else "no failure"
+    kept = "" if scenario.memory_steps is None else f", a state in memory every {scenario.memory_steps}"
     lines = [
         f"{scenario.nodes} nodes for {scenario.days:g} days, a checkpoint every {scenario.save_steps} steps of "
-        f"{scenario.step_seconds:g} s: goodput {simulation.goodput:.1%}",
+        f"{scenario.step_seconds:g} s{kept}: goodput {simulation.goodput:.1%}",
         f"{simulation.failures} node failures, mean time between them {between}",
     ]
     rigid, elastic = recommendation.rigid_progress, recommendation.elastic_progress

@@ -55,8 +55,8 @@ def odd_versions(nodes: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     return findings
 
 
-def short_of_something(nodes: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
-    """Nodes without enough memory or disk, whose name does not resolve, or whose GPUs are not fit."""
+def short_of_something(nodes: Mapping[str, Mapping[str, Any]], gpus_per_node: int = 0) -> list[Finding]:
+    """Nodes without enough memory or disk, whose name does not resolve, or whose GPUs are too few or not fit."""
     findings = []
     for node, facts in nodes.items():
         for key, least in MIN_FREE.items():
@@ -66,6 +66,13 @@ def short_of_something(nodes: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
         if not facts["resolves"]:
             findings.append(Finding("warning", node, "its own host name does not resolve; add it to /etc/hosts"))
         findings += [Finding("error", node, text) for text in _unfit_gpus(facts["gpus"])]
+        findings += [
+            Finding("warning", node, f"GPU {place} has had errors since boot (Xid {', '.join(map(str, numbers))})")
+            for place, numbers in facts["xids"].items()
+        ]
+        if (shown := len(facts["gpus"])) < gpus_per_node:
+            text = f"nvidia-smi shows {shown} GPUs, and a run wants {gpus_per_node}"
+            findings.append(Finding("error" if shown else "warning", node, text))  # a container may lack nvidia-smi
     counts = {node: len(facts["gpus"]) for node, facts in nodes.items()}
     usual, _ = Counter(counts.values()).most_common(1)[0]
     return findings + [

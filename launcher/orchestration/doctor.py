@@ -44,19 +44,22 @@ class Examination:
         return diagnosis.median_bandwidth(self.links)
 
 
-def examine(run_directory: Path, expected_nodes: int, baseline: Path | None = None) -> Examination:
+def examine(
+    run_directory: Path, expected_nodes: int, baseline: Path | None = None, gpus_per_node: int = 0
+) -> Examination:
     """Examine the cluster that this process is connected to.
 
     Args:
         run_directory: that all nodes must see.
         expected_nodes: how many there must be.
         baseline: file with what was measured last time; written anew when nothing is wrong.
+        gpus_per_node: that a run wants.
     """
     began = time.monotonic()
     probes, addresses, findings = _probes(expected_nodes)
     nodes, skews = _facts(probes, run_directory, findings)
     findings += diagnosis.odd_versions(nodes) if nodes else []
-    findings += diagnosis.short_of_something(nodes) if nodes else []
+    findings += diagnosis.short_of_something(nodes, gpus_per_node) if nodes else []
     findings += diagnosis.skewed_clocks(skews) if nodes else []
     answering = {name: probes[name] for name in nodes}
     if len(answering) > 1:

@@ -217,7 +217,9 @@ def _preflight(plan: Plan, run_directory: RunDirectory, observer: Observer) -> N
     """
     from launcher.orchestration.doctor import examine
 
-    found = examine(run_directory.path, plan.resources.min_nodes or plan.resources.nodes)
+    resources = plan.resources
+    gpus = resources.workers_per_node if resources.device == "cuda" else 0
+    found = examine(run_directory.path, resources.min_nodes or resources.nodes, gpus_per_node=gpus)
     for finding in found.findings:
         observer.message(f"preflight: {finding}")
     errors = [str(finding) for finding in found.findings if finding.level == "error"]

@@ -5,11 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from launcher.errors import BadLossesError
+
 ECHO = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Read error|Socket (closed|Timeout)"
     r"|remote process exited|NCCL .*remote error",
 )
 """What a rank says when another one is gone: gloo's `transport/tcp/pair.cc` and NCCL's proxy."""
+
+
+TOO_MANY_BAD_LOSSES = BadLossesError.__name__
+"""Exception of a worker that has left out as many batches as it may."""
 
 
 class FailureKind(StrEnum):
@@ -104,7 +110,7 @@ def classify(failure: Failure) -> Verdict:
         return Verdict(Category.HANG, failure.message)
     if failure.kind is FailureKind.PREEMPTED:
         return Verdict(Category.PREEMPTION, f"its node was taken away: {failure.message}")
-    if failure.exception == "NumericError":
+    if failure.exception in ("NumericError", TOO_MANY_BAD_LOSSES):
         return Verdict(Category.NUMERIC, failure.message)
     if failure.kind is FailureKind.EXPECTED:
         storage = failure.exception in ("StorageError", "OSError")

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 
-from launcher.orchestration.failure import Category, Failure, FailureKind, Verdict
+from launcher.orchestration.failure import TOO_MANY_BAD_LOSSES, Category, Failure, FailureKind, Verdict
 from launcher.recipe.run_sections import FaultToleranceSection
 
 
@@ -97,6 +97,8 @@ class FailurePolicy:
     def _hopeless(self, incident: Incident) -> str | None:
         """Why a restart would meet the same again, or None."""
         cause, category = incident.cause, incident.verdict.category
+        if cause.exception == TOO_MANY_BAD_LOSSES:
+            return f"fault_tolerance.max_bad_losses {self.settings.max_bad_losses} batches are left out already"
         if category is Category.NUMERIC:
             return "the recipe's fault_tolerance.on_bad_loss is stop" if self.settings.on_bad_loss == "stop" else None
         if cause.kind is FailureKind.EXPECTED:

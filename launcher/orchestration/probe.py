@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import re
 import shutil
 import socket
 import struct
@@ -10,13 +11,17 @@ import subprocess
 import tempfile
 import threading
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 PACKAGES = ("torch", "deepspeed", "ray", "transformers", "numpy")
+OF_CUDA = re.compile(r"nvidia-(nccl|cuda-runtime)(-cu\d+)?")
+"""Packages with the libraries that torch's wheels for CUDA use."""
+XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+)")
+"""What the driver writes into the kernel's log when a GPU has an error (NVIDIA, "XID Errors")."""
 CONNECT_TIMEOUT_S = 5.0
 PING_COUNT = 20
 MIN_STREAM_S = 0.3
@@ -40,12 +45,15 @@ class NodeProbe:
         """
         memory = psutil.virtual_memory()
         hostname = socket.gethostname()
+        found = gpus()
         return {
             "hostname": hostname,
             "port": self._server.getsockname()[1],
             "versions": {
                 "python": platform.python_version(),
                 **{name: _version(name) for name in PACKAGES},
+                **_cuda_versions(),
+                **({"the NVIDIA driver": found[0]["driver_version"]} if found else {}),
                 "zerofleet's code": code_hash(Path(__file__).parents[1], Path(__file__).parents[2] / "cluster"),
             },
             "resolves": _resolves(hostname),
@@ -54,7 +62,8 @@ class NodeProbe:
             "memory_total": memory.total,
             "temporary_free": _free(tempfile.gettempdir()),
             "run_free": _free(run_directory),
-            "gpus": gpus(),
+            "gpus": found,
+            "xids": xids(_kernel_log()) if found else {},
         }
 
     def clock(self) -> float:
@@ -136,6 +145,27 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "missing"
+
+
+def _cuda_versions() -> dict[str, str]:
+    names = {str(found.metadata["Name"]): found.version for found in distributions()}
+    return {name: number for name, number in sorted(names.items()) if OF_CUDA.fullmatch(name)}
+
+
+def xids(log: str) -> dict[str, list[int]]:
+    """Numbers of the errors that a kernel's log has of each GPU, by its place on the bus."""
+    found: dict[str, list[int]] = {}
+    for place, number in XID.findall(log):
+        found.setdefault(place, []).append(int(number))
+    return {place: sorted(set(numbers)) for place, numbers in found.items()}
+
+
+def _kernel_log() -> str:
+    """Empty where it may not be read."""
+    try:
+        return subprocess.run(["dmesg"], capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def _resolves(hostname: str) -> bool:

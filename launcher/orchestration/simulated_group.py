@@ -12,91 +12,59 @@ from typing import Any
 
 from launcher.orchestration.detection import Hang
 from launcher.orchestration.failure import Failure, FailureKind
+from launcher.orchestration.scenario import DAY, Scenario, VirtualClock
 from launcher.orchestration.states import GroupStatus
 from launcher.training.context import Beat, Phase
 
-DAY = 86_400.0
 LOOK_S = 3600.0
 """A look at a healthy group takes at most so long: nothing happens in between that the supervisor would see."""
 HANG_LOOK_S = 5.0
 
 
-@dataclass(frozen=True)
-class Scenario:
-    """A cluster, a training, and what befalls them. Times are seconds unless their name says otherwise.
-
-    Attributes:
-        nodes: that the run trains on.
-        mtbf_node_days: mean days between two failures of one node; failures are independent and have no memory.
-        days: to simulate.
-        step_seconds: an optimizer step.
-        save_steps: steps between two checkpoints.
-        save_seconds: for which a checkpoint stops training.
-        start_seconds: from starting the workers to the first step: imports, rendezvous, engine, load.
-        detect_seconds: from a failure to its notice.
-        teardown_seconds: to end the failed attempt's workers.
-        spare_nodes: that wait to replace lost ones; None: a lost node is replaced at once, always.
-        repair_hours: until a lost node comes back.
-        hang_share: share of the failures in which a node stands still instead of dying.
-        preemptions_per_node_day: nodes taken away with notice; they come back after the repair time.
-        slow_node_days: mean days between two spells of slowness of one node; None: never.
-        slow_factor: a step takes so many times longer while one of the nodes is slow.
-        slow_hours: length of a spell.
-        min_nodes: fewest nodes to go on with; a step takes longer then, in proportion. None: all are needed.
-        seed: of everything random.
-    """
-
-    nodes: int
-    mtbf_node_days: float
-    days: float = 30.0
-    step_seconds: float = 10.0
-    save_steps: int = 100
-    save_seconds: float = 30.0
-    start_seconds: float = 120.0
-    detect_seconds: float = 1.0
-    teardown_seconds: float = 5.0
-    spare_nodes: int | None = None
-    repair_hours: float = 24.0
-    hang_share: float = 0.0
-    preemptions_per_node_day: float = 0.0
-    slow_node_days: float | None = None
-    slow_factor: float = 2.0
-    slow_hours: float = 1.0
-    min_nodes: int | None = None
-    seed: int = 0
-
-
-@dataclass
-class VirtualClock:
-    """Seconds since the simulation began."""
-
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        """The time."""
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        """Let time pass."""
-        self.now += seconds
-
-
 @dataclass
 class _Attempt:
-    """What an attempt has done, up to `at`."""
+    """What an attempt has done, up to `at`.
+
+    Work is measured in the seconds it takes on all nodes at full speed, from the newest checkpoint's step.
+    """
 
     began: float
-    first_step: int
     at: float
+    saved_step: int
+    work: float
+    next_keep: float
+    ring: tuple[str, ...]
     trained: float = 0.0
     trained_before_save: float = 0.0
+    trained_before_keep: float = 0.0
     saving: float = 0.0
-    in_interval: float = 0.0
-    in_save: float = 0.0
-    saved_step: int = 0
+    pauses: list[tuple[str, float]] = field(default_factory=list)
     slow_until: float = -1.0
     hung: str = ""
     stopping: bool = False
+
+
+class KeptInMemory:
+    """The newest state in memory: each node has its own part and that of the node before it, in a ring."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._ring: tuple[str, ...] = ()
+        self._gone: set[int] = set()
+
+    def keep(self, step: int, ring: tuple[str, ...]) -> None:
+        """A state is whole on these nodes."""
+        self.step, self._ring = step, ring
+        self._gone.clear()
+
+    def lose(self, node: str) -> None:
+        """A node is gone; with its neighbour gone too since the state was kept, a part is in nobody's memory."""
+        if not self.step or node not in self._ring:
+            return
+        index, size = self._ring.index(node), len(self._ring)
+        self._gone.add(index)
+        if size == 1 or {(index - 1) % size, (index + 1) % size} & self._gone:
+            self.step = 0
 
 
 class SimulatedGroup:
@@ -121,6 +89,7 @@ class SimulatedGroup:
         self.repairs: list[tuple[float, str]] = []
         self.failures = 0
         self._saved_step = 0
+        self._memory = KeptInMemory()
         self._attempt: _Attempt | None = None
         self._status = GroupStatus()
 
@@ -161,8 +130,12 @@ class SimulatedGroup:
         self.used += taken
         gone = set(taken)
         self.free = [node for node in self.free if node not in gone]
-        now = self.clock.now
-        self._attempt = _Attempt(began=now, first_step=self._saved_step, at=now, saved_step=self._saved_step)
+        now, saved = self.clock.now, self._saved_step
+        work = max(0, self.kept_step() - saved) * self.scenario.step_seconds
+        self._attempt = _Attempt(
+            began=now, at=now, saved_step=saved, work=work, next_keep=math.inf, ring=tuple(self.used)
+        )
+        self._plan_keep(self._attempt)
         self._status = GroupStatus()
 
     def saved_step(self) -> int:
@@ -170,8 +143,8 @@ class SimulatedGroup:
         return self._saved_step
 
     def kept_step(self) -> int:
-        """Nothing is kept in memory here."""
-        return 0
+        """Step of the newest state that is whole in the memory of the nodes, 0 without one."""
+        return self._memory.step
 
     def node_of(self, rank: int) -> str:
         """Name of the node of the first rank, or of the hung one."""
@@ -225,9 +198,7 @@ class SimulatedGroup:
         """Save at once, and end."""
         self.clock.now = attempt.at = min(self.end, attempt.at + self.scenario.save_seconds)
         attempt.saving += self.scenario.save_seconds
-        attempt.saved_step = self._saved_step = self._step(attempt)
-        attempt.in_interval = attempt.in_save = 0.0
-        attempt.trained_before_save = attempt.trained
+        self._saved(attempt, self._step(attempt))
         return self._look(attempt, {0: {"status": "stopped", "step": attempt.saved_step}})
 
     def _next_trouble(self, now: float) -> tuple[str, float]:
@@ -244,33 +215,61 @@ class SimulatedGroup:
 
     def _train(self, attempt: _Attempt, until: float) -> None:
         """Start up, train and save until a moment."""
-        scenario = self.scenario
-        ready = attempt.began + scenario.start_seconds
-        now = min(until, max(attempt.at, ready))
-        interval = scenario.save_steps * scenario.step_seconds
+        now = min(until, max(attempt.at, attempt.began + self.scenario.start_seconds))
         while now < until:
-            if attempt.in_interval < interval:
-                slow = now < attempt.slow_until
-                speed = self.nodes / scenario.nodes / (scenario.slow_factor if slow else 1.0)
-                stretch = min(until - now, (interval - attempt.in_interval) / speed)
-                if slow:
-                    stretch = min(stretch, attempt.slow_until - now)
-                attempt.in_interval = min(interval, attempt.in_interval + stretch * speed)
-                if interval - attempt.in_interval < 1e-6:
-                    attempt.in_interval = interval
-                attempt.trained += stretch
-                now += stretch
-            else:
-                stretch = min(until - now, scenario.save_seconds - attempt.in_save)
-                attempt.in_save += stretch
-                attempt.saving += stretch
-                now += stretch
-                if attempt.in_save >= scenario.save_seconds - 1e-6:
-                    attempt.in_interval = attempt.in_save = 0.0
-                    attempt.saved_step += scenario.save_steps
-                    attempt.trained_before_save = attempt.trained
-                    self._saved_step = attempt.saved_step
+            now += self._pause(attempt, until - now) if attempt.pauses else self._work(attempt, now, until)
         attempt.at = until
+
+    def _work(self, attempt: _Attempt, now: float, until: float) -> float:
+        """Make steps until something is to be saved or kept, the speed changes or the time is over; returns seconds."""
+        scenario = self.scenario
+        slow = now < attempt.slow_until
+        speed = self.nodes / scenario.nodes / (scenario.slow_factor if slow else 1.0)
+        interval = scenario.save_steps * scenario.step_seconds
+        goal = min(interval, attempt.next_keep)
+        stretch = min(until - now, (goal - attempt.work) / speed)
+        if slow:
+            stretch = min(stretch, attempt.slow_until - now)
+        attempt.work = min(goal, attempt.work + stretch * speed)
+        if goal - attempt.work < 1e-6:
+            attempt.work = goal
+            if goal == attempt.next_keep:
+                attempt.pauses.append(("keep", scenario.memory_seconds))
+            if goal == interval:
+                attempt.pauses.append(("save", scenario.save_seconds))
+        attempt.trained += stretch
+        return stretch
+
+    def _pause(self, attempt: _Attempt, most: float) -> float:
+        """Save or keep for at most so long; returns seconds."""
+        kind, left = attempt.pauses[0]
+        stretch = min(most, left)
+        attempt.saving += stretch
+        if left - stretch > 1e-6:
+            attempt.pauses[0] = kind, left - stretch
+            return stretch
+        attempt.pauses.pop(0)
+        if kind == "save":
+            self._saved(attempt, attempt.saved_step + self.scenario.save_steps)
+        else:
+            self._memory.keep(self._step(attempt), attempt.ring)
+            attempt.trained_before_keep = attempt.trained
+            self._plan_keep(attempt)
+        return stretch
+
+    def _saved(self, attempt: _Attempt, step: int) -> None:
+        attempt.saved_step = self._saved_step = step
+        attempt.work = 0.0
+        attempt.pauses.clear()
+        attempt.trained_before_save = attempt.trained
+        self._plan_keep(attempt)
+
+    def _plan_keep(self, attempt: _Attempt) -> None:
+        """At which work the next state is kept: when the step is a multiple."""
+        every = self.scenario.memory_steps
+        if every is not None:
+            following = (self._step(attempt) // every + 1) * every
+            attempt.next_keep = (following - attempt.saved_step) * self.scenario.step_seconds
 
     def _trouble(self, attempt: _Attempt, kind: str) -> GroupStatus:
         if kind == "slow":
@@ -299,6 +298,7 @@ class SimulatedGroup:
 
     def _lose(self, node: str) -> None:
         """A node goes to repair; with spares without end, another one comes at once."""
+        self._memory.lose(node)
         self.used.remove(node)
         if self.scenario.spare_nodes is None:
             self.free.append(node)
@@ -306,7 +306,7 @@ class SimulatedGroup:
             heapq.heappush(self.repairs, (self.clock.now + self.scenario.repair_hours * 3600, node))
 
     def _step(self, attempt: _Attempt) -> int:
-        return attempt.saved_step + int(attempt.in_interval / self.scenario.step_seconds)
+        return attempt.saved_step + int(attempt.work / self.scenario.step_seconds + 1e-9)
 
     def _look(
         self, attempt: _Attempt, results: dict[int, dict[str, Any]] | None = None, failures: Sequence[Failure] = ()
@@ -329,21 +329,11 @@ class SimulatedGroup:
             saved_step=attempt.saved_step,
             first_step_seconds=self.scenario.step_seconds if made else 0.0,
             steps_made=made,
+            kept_step=self._memory.step,
+            spent_before_keep={"forward": attempt.trained_before_keep},
         )
         beats = {0: beat}
         if attempt.hung:
             behind = {"rank": 1, "phase": Phase.BACKWARD if made else Phase.LOAD, "progress": 2 * made + 1}
             beats[1] = Beat(**{**beat.__dict__, **behind})
         return GroupStatus(beats, list(failures), results or {})
-
-
-@dataclass
-class Recorder:
-    """Keeps the supervisor's events as the driver's journal would write them, on the virtual clock."""
-
-    clock: VirtualClock
-    events: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, state: str, facts: dict[str, Any], **more: Any) -> None:
-        """Keep an event."""
-        self.events.append({"time": self.clock.now, "state": state, **facts, **more})

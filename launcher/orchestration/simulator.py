@@ -8,7 +8,8 @@ from typing import Any
 
 from launcher.orchestration.accounting import ATTEMPT_ENDS, Account, Ledger, account
 from launcher.orchestration.policy import FailurePolicy
-from launcher.orchestration.simulated_group import DAY, Recorder, Scenario, SimulatedGroup, VirtualClock
+from launcher.orchestration.scenario import DAY, Recorder, Scenario, VirtualClock
+from launcher.orchestration.simulated_group import SimulatedGroup
 from launcher.orchestration.states import RunState
 from launcher.orchestration.supervisor import Supervisor
 from launcher.recipe.run_sections import FaultToleranceSection

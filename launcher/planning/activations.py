@@ -174,14 +174,15 @@ class ActivationModel:
         first = settings.tokens * (_BATCH_TENSORS * _INT64 + shared)
         if self.dropout is not None and self.dropout[1] and self.layer.fused_qkv:  # GPT-2's, of the embeddings
             first += settings.tokens * self._mask_bytes() * self.hidden
-        if settings.adapter is not None and not settings.gradient_checkpointing:
+        adapter = settings.adapter
+        if adapter is not None and not (adapter.embedding or settings.gradient_checkpointing):
             # Embeddings are frozen: the first norm keeps nothing, and dropout of what it makes no mask.
-            masks = settings.adapter.attention_masks * self._mask_bytes() * self.hidden
+            masks = adapter.attention_masks * self._mask_bytes() * self.hidden
             first -= settings.tokens * (self._norm(self.hidden, 1) + masks)
         log_probabilities = _FP32 * self.vocabulary
         capped = width * self.vocabulary if self.logit_softcap else 0
         kept = log_probabilities + capped if settings.loss_tiles == 1 else 0
-        head = width * self.hidden if settings.adapter is None or settings.adapter.head else 0
+        head = width * self.hidden if adapter is None or adapter.head else 0
         # Distillation (`tasks/distillation.py: soft_loss`): both models' probabilities at a temperature.
         softened = 2 * _FP32 * self.vocabulary if settings.distilled else 0
         last = settings.tokens * (self._norm(self.hidden, 1) + head + kept + softened)

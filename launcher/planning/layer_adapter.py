@@ -46,6 +46,7 @@ class LayerAdapter:
         scaled: DoRA (arXiv 2402.09353), whose trained magnitudes scale the rows of the matrix and of its adapter.
         dropout: each pair has dropout of its own before it.
         head: the output head is trained besides, as a copy.
+        embedding: the embedding is, so that the first layer's input needs a gradient.
     """
 
     rank: int
@@ -53,6 +54,7 @@ class LayerAdapter:
     scaled: bool = False
     dropout: bool = False
     head: bool = False
+    embedding: bool = False
 
     def reads(self, *matrices: str) -> bool:
         """Whether what one of these matrices reads is kept as it is: the first of a pair needs it, or its dropout."""

@@ -93,7 +93,7 @@ def layer_adapter(recipe: Recipe, config: Mapping[str, Any]) -> LayerAdapter | N
     section = recipe.adapter
     if section is None or section.method not in ("lora", "rslora", "dora"):
         return None
-    if not set(section.modules_to_save) <= {"lm_head"}:
+    if not set(section.modules_to_save) <= {"lm_head", "embed_tokens"}:
         return None
     named = targets_of(section, config["model_type"])
     targets = frozenset(name.rpartition(".")[2] for name in named)
@@ -105,7 +105,8 @@ def layer_adapter(recipe: Recipe, config: Mapping[str, Any]) -> LayerAdapter | N
         targets,
         scaled=section.method == "dora",
         dropout=section.lora_dropout > 0,
-        head=bool(section.modules_to_save),
+        head="lm_head" in section.modules_to_save,
+        embedding="embed_tokens" in section.modules_to_save,
     )
 
 

@@ -145,13 +145,15 @@ class FaultToleranceSection(Section):
     """A rank that loads data and computes so many times slower than the others is named."""
     straggler_steps: int = Field(default=10, ge=1)
     """So many steps in a row."""
-    on_bad_loss: Literal["stop", "rollback"] = "stop"
-    """When the loss is NaN or infinite, or a spike: end the run, or go back to the last checkpoint and leave the batch
-    out; what was left out stands in `skipped.jsonl`."""
+    on_bad_loss: Literal["stop", "skip", "rollback"] = "stop"
+    """When the loss is NaN or infinite, or a spike: end the run; or throw the step's gradients away and go on with the
+    next batch, for which each step waits for its loss; or go back to the last checkpoint and leave the batch out. What
+    was left out stands in `skipped.jsonl`. In a pipeline, with batch normalisation and with states on NVMe, `skip` is
+    `rollback`."""
     loss_spike_factor: float | None = Field(default=None, gt=1)
     """A loss so many times the median of the 50 steps before is a spike; null: only NaN and infinity are bad."""
     max_bad_losses: int = Field(default=10, ge=0)
-    """So many times a run goes back because of a bad loss."""
+    """So many times a run goes back because of a bad loss; so many batches an attempt leaves out in place."""
     warm_workers: bool = True
     """Keep a spare process for each worker, on its node, that has imported everything, so that a restart need not; on
     CPU. A node with less than 4 GiB free keeps none."""

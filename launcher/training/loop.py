@@ -20,7 +20,7 @@ from launcher.training.evaluation import Evaluation, evaluate, generate
 from launcher.training.export import checkpoint_to_export, export_checkpoint
 from launcher.training.measuring import measure, watched_score, write_evaluation
 from launcher.training.monitor import Throughput, memory_bytes
-from launcher.training.numeric import Observed
+from launcher.training.numeric import Observed, StepJudge
 from launcher.training.passes import StepOutcome, counts
 from launcher.training.profiling import ProfilerWindow
 from launcher.training.progress import TrainResult
@@ -55,6 +55,9 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
             outcome = train_step(session, step_batch)
             throughput.step_ends(plan.batch.global_batch_size)
             window.step_ends()
+            if outcome.refused is not None:
+                _tell_of_the_refused(session, outcome.refused)
+                continue  # whoever asked to stop or to save asks again at the next step
             progress.step += 1
             session.around.after_step(progress.step, outcome.grad_norm)
             progress.consumed_samples = step_batch.consumed_samples
@@ -71,8 +74,15 @@ def train(plan: Plan, context: WorkerContext, prepared: PreparedData, device: to
     return _finish(session, stopped=not _finished(session))
 
 
+def _tell_of_the_refused(session: Session, why: str) -> None:
+    if session.context.rank == 0:
+        session.context.heartbeat.notify(why)
+
+
 def _watch_loss(session: Session, outcome: StepOutcome) -> None:
     """Judge the loss of the step before, and begin to sum this one's."""
+    if session.skips_in_place:
+        return
     session.losses.check()
     progress, size = session.progress, session.plan.batch.global_batch_size
     begin, end = progress.consumed_samples - size, progress.consumed_samples
@@ -125,7 +135,12 @@ def train_step(session: Session, step_batch: StepBatch) -> StepOutcome:
         save=session.triggers is not None and session.triggers.due(),
         device=session.device,
     )
-    return session.passes.train(step_batch.micro_batches, agreement)
+    judge = None
+    if session.skips_in_place:
+        size = plan.batch.global_batch_size
+        step, end = session.progress.step + 1, step_batch.consumed_samples
+        judge = StepJudge(session.losses, step, end, size, counts=counts(plan, place))
+    return session.passes.train(step_batch.micro_batches, agreement, judge)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.checkpoints.fault_plan import spoiled
-from launcher.errors import NumericError
+from launcher.errors import BadLossesError, NumericError
 from launcher.recipe.run_sections import FaultToleranceSection
 from launcher.run_directory import RunDirectory, append_json_line, read_json_lines
 
@@ -39,6 +39,8 @@ class Observed:
 class LossWatch:
     """Looks at each step's loss one step later, when it costs no waiting any more, and before anything is saved.
 
+    Where a bad batch is left out in place, it looks before the step is made, and the device is waited for.
+
     Args:
         settings: of the recipe.
         run_directory: where skipped samples are recorded.
@@ -54,6 +56,7 @@ class LossWatch:
         self._sum: torch.Tensor | None = None
         self._work: Any = None
         self._observed: Observed | None = None
+        self._left_out = 0
 
     def is_skipped(self, begin: int, end: int) -> bool:
         """Whether an earlier attempt found a bad loss in these samples."""
@@ -72,25 +75,60 @@ class LossWatch:
         Raises:
             NumericError: its loss is not finite, or a spike.
         """
-        if self._observed is None or self._sum is None:
+        found = self._judged()
+        if found is None:
             return
+        observed, wrong = found
+        text = _told(observed, wrong)
+        if self.settings.on_bad_loss == "stop":
+            raise NumericError(
+                f"{text}. Set fault_tolerance.on_bad_loss: rollback to go back to the last checkpoint and leave these "
+                "samples out, or lower training.learning_rate"
+            )
+        self._leave_out(observed, wrong)
+        raise NumericError(f"{text}; these samples are left out from now on")
+
+    def left_out(self) -> str | None:
+        """Judge the step that was noted last, which is not made yet; collective, and the same on every rank.
+
+        Returns:
+            None for a step to be made; otherwise what is wrong with it: its samples are left out.
+
+        Raises:
+            BadLossesError: so many were left out that it is not the samples.
+        """
+        found = self._judged()
+        if found is None:
+            return None
+        observed, wrong = found
+        text, limit = _told(observed, wrong), self.settings.max_bad_losses
+        if self._left_out >= limit:
+            raise BadLossesError(
+                f"{text}, and {self._left_out} batches are left out already (fault_tolerance.max_bad_losses {limit}); "
+                "lower training.learning_rate, or look at the samples in skipped.jsonl"
+            )
+        self._left_out += 1
+        self._leave_out(observed, wrong)
+        return f"{text}; the step is not made, and these samples are left out"
+
+    def _judged(self) -> tuple[Observed, str] | None:
+        """The step that was noted last and what is wrong with it; None when nothing is."""
+        if self._observed is None or self._sum is None:
+            return None
         self._work.wait()
         observed, loss = self._observed, float(self._sum) / max(self._observed.num_targets, 1)
         self._observed = None
         wrong = self._wrong(loss)
         if wrong is None:
             self._losses.append(loss)
-            return
-        text = f"the loss of step {observed.step} is {wrong} (samples {observed.begin} to {observed.end - 1})"
-        if self.settings.on_bad_loss == "stop":
-            raise NumericError(
-                f"{text}. Set fault_tolerance.on_bad_loss: rollback to go back to the last checkpoint and leave these "
-                "samples out, or lower training.learning_rate"
-            )
+            return None
+        return observed, wrong
+
+    def _leave_out(self, observed: Observed, wrong: str) -> None:
+        self._ranges.append((observed.begin, observed.end))
         if self.rank == 0:
             record = {"step": observed.step, "begin": observed.begin, "end": observed.end, "loss": wrong}
             append_json_line(self.path, record)
-        raise NumericError(f"{text}; these samples are left out from now on")
 
     def _wrong(self, loss: float) -> str | None:
         if not math.isfinite(loss):
@@ -102,3 +140,31 @@ class LossWatch:
         if loss <= factor * usual:
             return None
         return f"{loss:.4f}, more than {factor:g} times the median {usual:.4f} of the {len(self._losses)} steps before"
+
+
+def _told(observed: Observed, wrong: str) -> str:
+    return f"the loss of step {observed.step} is {wrong} (samples {observed.begin} to {observed.end - 1})"
+
+
+class StepJudge:
+    """Judges one step's loss when the forward passes are made, and before the optimizer's step is.
+
+    Args:
+        watch: of this rank.
+        step: that is being made, counted from 1.
+        end: the number after its last sample, in the global order.
+        size: of the global batch.
+        counts: whether this rank's losses count.
+    """
+
+    def __init__(self, watch: LossWatch, step: int, end: int, size: int, *, counts: bool) -> None:
+        self._watch, self._step, self._end, self._size, self._counts = watch, step, end, size, counts
+
+    def begin(self, loss_sum: torch.Tensor, num_targets: int) -> None:
+        """All forward passes are made; collective, returns at once."""
+        own = loss_sum if self._counts else loss_sum * 0  # which is not 0 where the loss is no number
+        self._watch.note(own, Observed(self._step, self._end - self._size, self._end, num_targets))
+
+    def refuses(self) -> str | None:
+        """Why the step is not to be made; collective, and waits for the device. See `LossWatch.left_out`."""
+        return self._watch.left_out()

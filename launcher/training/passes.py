@@ -21,6 +21,8 @@ from launcher.training.adalora import orthogonal_loss
 from launcher.training.adversarial import adversarial_loss
 from launcher.training.context import Heartbeat, Phase
 from launcher.training.distributed import Agreement
+from launcher.training.numeric import StepJudge
+from launcher.training.skipping import discard_step
 from launcher.training.upstream import averaging_ranks, set_training, step_and_norm, to_device
 
 
@@ -34,6 +36,7 @@ class StepOutcome:
         grad_norm: over all parameters, before clipping.
         stop: some rank was asked to stop after this step.
         save: rank 0 wants a checkpoint after this step.
+        refused: why the step was not made; None: it was.
     """
 
     loss_sum: torch.Tensor
@@ -41,13 +44,16 @@ class StepOutcome:
     grad_norm: float | None
     stop: bool
     save: bool
+    refused: str | None = None
 
 
 class Passes(Protocol):
     """How a layout runs a task's micro batches."""
 
-    def train(self, micro_batches: Sequence[Batch], agreement: Agreement) -> StepOutcome:
-        """Make one optimizer step on this rank's micro batches."""
+    def train(
+        self, micro_batches: Sequence[Batch], agreement: Agreement, judge: StepJudge | None = None
+    ) -> StepOutcome:
+        """Make one optimizer step on this rank's micro batches, unless the judge refuses it."""
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
@@ -82,29 +88,40 @@ class DirectPasses:
         self.heartbeat = heartbeat
         self._ranks = averaging_ranks(plan.layout, plan.zero_stage)
 
-    def train(self, micro_batches: Sequence[Batch], agreement: Agreement) -> StepOutcome:
+    def train(
+        self, micro_batches: Sequence[Batch], agreement: Agreement, judge: StepJudge | None = None
+    ) -> StepOutcome:
         """Forward and backward for each micro batch; the last one ends with the optimizer's step."""
-        plan, engine, heartbeat = self.plan, self.engine, self.heartbeat
+        engine, heartbeat = self.engine, self.heartbeat
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        num_targets, stop, save, grad_norm = 0, False, False, None
+        num_targets, stop, save = 0, False, False
         for index, host_batch in enumerate(micro_batches):
+            last = index + 1 == len(micro_batches)
             heartbeat.enter(Phase.FORWARD)
             output = self._train_loss(engine, to_device(host_batch, self.device))
+            loss_sum += output.loss_sum.detach()
             if index == 0:
                 heartbeat.enter(Phase.AGREE)
                 num_targets, stop, save = agreement.read()
+            if last and judge is not None:
+                judge.begin(loss_sum, num_targets)
             heartbeat.enter(Phase.BACKWARD)
             engine.backward(output.loss_sum * (self._ranks / max(num_targets, 1)), scale_wrt_gas=False)
             heartbeat.enter(Phase.OPTIMIZER)
-            if index + 1 == len(micro_batches):
-                self.before_step()
-                grad_norm = step_and_norm(
-                    engine, plan.zero_stage, plan.recipe.training.precision, plan.recipe.optimizer.type
-                )
-            else:
+            if not last:
                 engine.step()
-            loss_sum += output.loss_sum.detach()
-        return StepOutcome(loss_sum, num_targets, grad_norm, stop, save)
+        refused = None if judge is None else judge.refuses()
+        grad_norm = None
+        if refused is None:
+            grad_norm = self._step()
+        else:
+            discard_step(engine, self.plan.zero_stage)
+        return StepOutcome(loss_sum, num_targets, grad_norm, stop, save, refused)
+
+    def _step(self) -> float | None:
+        recipe = self.plan.recipe
+        self.before_step()
+        return step_and_norm(self.engine, self.plan.zero_stage, recipe.training.precision, recipe.optimizer.type)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
@@ -143,8 +160,10 @@ class PipelinePasses:
         self._scale: Callable[[], float] | None = None
         engine.module.loss_fn = self._loss
 
-    def train(self, micro_batches: Sequence[Batch], agreement: Agreement) -> StepOutcome:
-        """Run the schedule over all micro batches; it ends with the optimizer's step."""
+    def train(
+        self, micro_batches: Sequence[Batch], agreement: Agreement, judge: StepJudge | None = None
+    ) -> StepOutcome:
+        """Run the schedule over all micro batches; it ends with the optimizer's step, and nobody is asked before."""
         agreed = cache(agreement.read)
         # The engine divides by the number of micro batches and averages over data-parallel ranks.
         factor = self.plan.layout.data_parallel_size * len(micro_batches)

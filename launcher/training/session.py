@@ -20,6 +20,7 @@ from launcher.training.numeric import LossWatch
 from launcher.training.passes import Passes, make_passes, own_part
 from launcher.training.progress import Progress
 from launcher.training.save_triggers import SaveTriggers
+from launcher.training.skipping import why_not_in_place
 from launcher.training.swap_folder import SwapFolder, open_swap_folder
 
 
@@ -44,6 +45,7 @@ class Session:
     triggers: SaveTriggers | None
     around: AroundSteps
     swap: SwapFolder | None
+    skips_in_place: bool
 
 
 def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, device: torch.device) -> Session:
@@ -73,6 +75,11 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
     )
     progress = checkpoints.load(engine)
     heartbeat.begun(progress.step, max_steps, from_memory=checkpoints.from_memory)
+    skips = plan.recipe.fault_tolerance.on_bad_loss == "skip"
+    if skips and (why := why_not_in_place(plan, engine.module)) is not None:
+        skips = False
+        if context.rank == 0:
+            heartbeat.notify(f"fault_tolerance.on_bad_loss: skip goes back to the last checkpoint here: {why}")
     monitor = Monitor(plan, context.run_directory, progress.step, device) if context.rank == 0 else None
     return Session(
         plan=plan,
@@ -92,4 +99,5 @@ def open_session(plan: Plan, context: WorkerContext, prepared: PreparedData, dev
         triggers=SaveTriggers(context.run_directory, plan.recipe.checkpoint) if context.rank == 0 else None,
         around=around,
         swap=swap,
+        skips_in_place=skips,
     )

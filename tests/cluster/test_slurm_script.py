@@ -69,8 +69,24 @@ def test_what_is_left_out_is_left_to_the_site(make_request):
     }
 
 
-def test_an_elastic_job_asks_for_a_range_of_nodes(make_request):
-    assert directives(script(make_request, nodes=4, min_nodes=2))["nodes"] == "2-4"
+def test_an_elastic_job_asks_for_a_range_of_nodes_and_outlives_those_that_slurm_loses(make_request):
+    text = script(make_request, nodes=4, min_nodes=2)
+    found = directives(text)
+    assert (found["nodes"], found["no-kill"]) == ("2-4", "")
+    assert "ntasks-per-node" not in found, "with it, Slurm gives no more than the fewest"
+    command = next(line for line in text.splitlines() if line.startswith("srun"))
+    assert " --ntasks-per-node=1 --no-kill " in command
+    assert "kill-on-bad-exit" not in command
+    code = "/shared/me/runs/gpt/jobs/0001/exit_code"
+    assert f"status=$?\nif [ -e {code} ]; then status=$(cat {code}); rm -f {code}; fi\n" in text
+    for fixed in (
+        script(make_request, nodes=4, min_nodes=4),
+        script(make_request, nodes=4, min_nodes=2, slurm={"options": {"no-kill": False}}),
+        script(make_request, nodes=4, min_nodes=2, slurm={"container": {"image": "reg/zf:1"}}),
+    ):
+        assert "no-kill" not in fixed
+        assert "--kill-on-bad-exit=1" in fixed
+        assert "exit_code" not in fixed
 
 
 def test_memory_of_the_workers_and_of_ray(make_request):

@@ -14,6 +14,7 @@ from launcher.orchestration.diagnosis import (
     unshared,
 )
 from launcher.orchestration.doctor import rounds
+from launcher.orchestration.probe import xids
 
 GIB = 2**30
 NODES = ("n1", "n2", "n3", "n4")
@@ -22,7 +23,7 @@ NODES = ("n1", "n2", "n3", "n4")
 def facts(**changes: Any) -> dict[str, Any]:
     versions = {"python": "3.11.7", "torch": "2.13.0"}
     plenty = {"memory_available": 9 * GIB, "temporary_free": 9 * GIB, "run_free": 9 * GIB}
-    return {"versions": versions, "resolves": True, "gpus": [], **plenty, **changes}
+    return {"versions": versions, "resolves": True, "gpus": [], "xids": {}, **plenty, **changes}
 
 
 def links(**changed: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -53,15 +54,37 @@ def test_a_node_that_is_short_of_something_is_named() -> None:
     fine = {"index": "0", "memory.used": "4", "ecc.errors.uncorrected.volatile.total": "[N/A]"}
     nodes = {name: facts(gpus=[fine, fine]) for name in NODES}
     assert short_of_something(nodes) == []
-    nodes["n2"] = facts(run_free=GIB // 2, resolves=False, gpus=[fine, gpu])
+    nodes["n2"] = facts(run_free=GIB // 2, resolves=False, gpus=[fine, gpu], xids={"0000:3b:00": [63, 79]})
     nodes["n4"] = facts(gpus=[fine])
     assert [str(finding) for finding in short_of_something(nodes)] == [
         "warning: n2: run directory's disk: 0.5 GiB free, less than 1",
         "warning: n2: its own host name does not resolve; add it to /etc/hosts",
         "error: n2: GPU 5 has 2 uncorrected ECC errors; have it looked at",
         "error: n2: GPU 5 has 3000 MiB in use by somebody",
+        "warning: n2: GPU 0000:3b:00 has had errors since boot (Xid 63, 79)",
         "error: n4: shows 1 GPUs, and 2 on most nodes",
     ]
+
+
+def test_gpus_that_a_run_wants_and_no_node_shows_are_missed() -> None:
+    fine = {"index": "0", "memory.used": "4", "ecc.errors.uncorrected.volatile.total": "0"}
+    found = short_of_something({"n1": facts(), "n2": facts()}, gpus_per_node=2)
+    assert [str(finding) for finding in found] == [
+        f"warning: {name}: nvidia-smi shows 0 GPUs, and a run wants 2" for name in ("n1", "n2")
+    ]
+    (few,) = short_of_something({"n1": facts(gpus=[fine])}, gpus_per_node=2)
+    assert str(few) == "error: n1: nvidia-smi shows 1 GPUs, and a run wants 2"
+
+
+def test_what_the_kernel_says_of_gpus() -> None:
+    log = (
+        "[    7.1] NVRM: loading NVIDIA UNIX x86_64 Kernel Module  580.82\n"
+        "[ 9041.2] NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.\n"
+        "[ 9041.3] NVRM: Xid (PCI:0000:3b:00): 63, pid=4411, Row Remapper: New row marked for remapping\n"
+        "[ 9055.0] NVRM: Xid (PCI:0000:3b:00): 79, pid=4411\n"
+    )
+    assert xids(log) == {"0000:3b:00": [63, 79]}
+    assert xids("") == {}
 
 
 def test_clocks_and_directories() -> None:

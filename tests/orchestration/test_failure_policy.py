@@ -128,3 +128,12 @@ def test_the_first_cause_comes_before_echoes_and_later_failures() -> None:
     assert text[2].startswith("rank 0 then:")
     assert text[2].endswith("(follows from the first failure)")
     assert text[3] == "rank 1 then: OSError"
+
+
+@pytest.mark.parametrize(("exception", "answer"), [("NumericError", Retry), ("BadLossesError", GiveUp)])
+def test_a_run_that_left_out_what_it_may_does_not_go_back_to_leave_out_more(exception: str, answer: type) -> None:
+    cause = failure(0, "the loss of step 7 is nan", kind=FailureKind.EXPECTED, exception=exception)
+    decision = policy(on_bad_loss="skip").decide(incident(cause))
+    assert isinstance(decision, answer)
+    if isinstance(decision, GiveUp):
+        assert "max_bad_losses 10 batches are left out already" in decision.reason

@@ -68,6 +68,28 @@ def test_a_lost_worker_costs_a_few_steps_and_no_disk(
 
 
 @pytest.mark.exhaustive
+def test_without_room_in_memory_the_disk_is_what_a_restart_goes_back_to(
+    zerofleet: Zerofleet, uninterrupted: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tmp_path / "faults.json"
+    refused = {**asdict(Cell("memory", "memory.begins", 1)), "always": True}
+    plan.write_text(json.dumps([refused, asdict(Cell("sigkill", "phase.forward", 1, 88))]))
+    monkeypatch.setitem(zerofleet.environment, SWITCH, str(plan))
+    directory = RunDirectory.at(tmp_path / "run")
+    command = ("run", str(zerofleet.recipe), "--run-dir", str(directory.path), *KEEPING)
+    code, _, err = zerofleet.run(*command, "save_steps=40", "asynchronous=false", timeout=200)
+    assert code == 0, err
+    assert records(directory) == records(uninterrupted)
+    assert resumed(directory) == []
+    (incident,) = incidents(directory)
+    assert incident["saved_step"] == 80
+    assert "kept_step" not in incident
+    assert steps_made_again(directory) == [8]
+    assert err.count("has no memory left; the checkpoints on disk are what a restart goes back to") == 2, "each attempt"
+    check_account(directory)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.timeout(400)
 def test_a_lost_node_is_made_up_for_by_its_neighbour_and_at_another_size(
     tiny_recipe: Path, uninterrupted: RunDirectory, tmp_path: Path

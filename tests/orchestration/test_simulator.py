@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli.main import app
-from launcher.orchestration.simulated_group import Scenario
+from launcher.orchestration.scenario import Scenario
+from launcher.orchestration.simulated_group import KeptInMemory
 from launcher.orchestration.simulator import (
     best_interval,
     expected_goodput,
@@ -54,10 +55,58 @@ def test_the_goodput_is_that_of_the_closed_formula(
     assert sum(found.account.seconds.values()) == pytest.approx(found.account.wall)
 
 
-def test_the_same_seed_gives_the_same_events() -> None:
+@pytest.mark.parametrize(
+    ("nodes", "memory_steps", "save_steps", "save_seconds"), [(256, 20, 400, 60), (1024, 5, 200, 30), (2048, 6, 120, 6)]
+)
+def test_with_states_in_memory_the_goodput_is_that_of_their_interval(
+    nodes: int, memory_steps: int, save_steps: int, save_seconds: float
+) -> None:
+    scenario = Scenario(
+        nodes,
+        1 / RATE,
+        days=60,
+        save_steps=save_steps,
+        save_seconds=save_seconds,
+        start_seconds=60,
+        memory_steps=memory_steps,
+        memory_seconds=1.5,
+    )
+    restart = scenario.start_seconds + scenario.detect_seconds + scenario.teardown_seconds
+    stops = scenario.memory_seconds + save_seconds * memory_steps / save_steps  # of each interval
+    expected = expected_goodput(nodes, RATE, stops, restart, memory_steps * scenario.step_seconds)
+    found, without = simulate(scenario, PATIENT), simulate(replace(scenario, memory_steps=None), PATIENT)
+    assert found.goodput == pytest.approx(expected, rel=0.05)
+    assert 1 - found.goodput == pytest.approx(1 - expected, rel=0.25), "what is lost, too, is what the formula says"
+    assert found.account.seconds["lost work"] < without.account.seconds["lost work"] / 5
+    assert found.progress == pytest.approx(found.goodput, abs=0.005), "no work is lost that was taken for kept"
+    for event in found.events:
+        if event["state"] == "recovering" and "kept_step" in event:
+            assert event["step"] - event["kept_step"] <= memory_steps
+
+
+def test_two_neighbours_that_die_before_the_next_state_leave_the_disk() -> None:
+    kept = KeptInMemory()
+    ring = tuple(f"n{index}" for index in range(5))
+    kept.keep(10, ring)
+    for node in ("n0", "n2", "n0", "strange"):
+        kept.lose(node)
+        assert kept.step == 10, "each part is with the node that made it or with the next one"
+    kept.lose("n4")
+    assert kept.step == 0, "n4's part was on n4 and on n0"
+    kept.keep(20, ring)
+    kept.lose("n4")
+    assert kept.step == 20
+    kept.keep(30, ("n1",))
+    kept.lose("n1")
+    assert kept.step == 0, "a node alone has no neighbour"
+
+
+@pytest.mark.parametrize("memory_steps", [None, 7])
+def test_the_same_seed_gives_the_same_events(memory_steps: int | None) -> None:
     scenario = Scenario(
         512, 20, days=5, spare_nodes=4, hang_share=0.3, preemptions_per_node_day=0.01, slow_node_days=200, seed=3
     )
+    scenario = replace(scenario, memory_steps=memory_steps)
     first, second = (simulate(scenario, PATIENT).events for _ in range(2))
     assert json.dumps(first) == json.dumps(second)
     assert json.dumps(simulate(replace(scenario, seed=4), PATIENT).events) != json.dumps(first)
@@ -151,6 +200,8 @@ def test_the_command(tmp_path) -> None:
     found = json.loads(runner.invoke(app, [*arguments, "--json", "--seed", "1"]).output)
     assert found["scenario"]["save_steps"] == 40
     assert 0.5 < found["goodput"] < 1
+    kept = [*arguments, "--memory-steps", "5", "--json", "--seed", "1"]
+    assert json.loads(runner.invoke(app, kept).output)["goodput"] > found["goodput"]
     local = runner.invoke(app, ["simulate", "--profile", "local", "--days", "1"])
     assert "1 nodes for 1 days" in local.output
     assert runner.invoke(app, ["simulate"]).exit_code != 0

@@ -77,7 +77,7 @@ def _peft(adapter: LayerAdapter) -> LoraConfig:
         target_modules=sorted(adapter.targets),
         use_dora=adapter.scaled,
         lora_dropout=0.1 if adapter.dropout else 0.0,
-        modules_to_save=["lm_head"] if adapter.head else None,
+        modules_to_save=[*["lm_head"] * adapter.head, *["embed_tokens"] * adapter.embedding] or None,
     )
 
 
@@ -183,6 +183,7 @@ KINDS: dict[str, dict[str, bool]] = {
     "dropout": {"dropout": True},
     "dora-dropout": {"scaled": True, "dropout": True},
     "head": {"head": True},
+    "edges-dropout": {"head": True, "embedding": True, "dropout": True},
 }
 CHECKPOINTING = {"gradient_checkpointing": True}
 

@@ -9,6 +9,7 @@ import transformers
 
 from launcher.models.build import build_model
 from launcher.planning.plan import Plan
+from launcher.tasks import make_task
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -29,3 +30,16 @@ def load(plan: str, auto_class: str) -> dict[str, Any]:
         with deepspeed.zero.GatheredParameters([value], enabled=hasattr(value, "ds_id")):
             digests[name] = digest(value)
     return {"partitioned": all(hasattr(each, "ds_tensor") for each in model.parameters()), "digests": digests}
+
+
+def memory_of_a_build(plan: str) -> dict[str, int]:
+    """Bytes of a rank's part of a model, and the most that were alive while it was built."""
+    import cases  # of a rank: the test's own process imports this file too
+    from live_storages import LiveStorages
+
+    made = Plan.model_validate_json(Path(plan).read_bytes())
+    with LiveStorages() as counter:
+        model = make_task(made, {"pad_token_id": 0}).build_model()
+    own = sum(parameter.nbytes for parameter in model.parameters())
+    cases.forget_groups()
+    return {"own": own, "peak": counter.peak}

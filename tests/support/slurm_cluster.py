@@ -15,9 +15,11 @@ import signal
 import socket
 import subprocess
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 REQUIRED_COMMANDS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "scancel", "sinfo", "srun")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -198,6 +200,20 @@ class SlurmCluster:
             daemon.kill()
             daemon.wait()
 
+    def power_off(self, name: str) -> None:
+        """Kill the slurmd of a node and all that runs on it at once."""
+        self.stop(name, signal.SIGKILL)
+        killed = set(self.processes_of(name))
+        killed |= {parent for process in killed for parent in _parents(process) if parent.name() == "slurmstepd"}
+        for process in killed:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def processes_of(self, name: str) -> list[psutil.Process]:
+        """What runs for jobs on a node."""
+        own = (self.environment["SLURM_CONF"], name)  # another cluster on this machine has nodes of the same names
+        return [process for process in psutil.process_iter() if _node_of(process) == own]
+
     def start_munge(self) -> None:
         """Start the authentication daemon again."""
         self._run("munged", *self._munge_options())
@@ -217,6 +233,20 @@ class SlurmCluster:
                 logs = "\n".join(path.read_text()[-1000:] for path in (self.folder / "log").iterdir())
                 raise RuntimeError(f"Slurm did not come up:\n{self.command('sinfo')}\n{logs}")
             time.sleep(0.05)
+
+
+def _node_of(process: psutil.Process) -> tuple[str, str]:
+    """(configuration file of its Slurm, name of its node) of what runs for a job."""
+    with suppress(psutil.Error):
+        environment = process.environ()
+        return environment.get("SLURM_CONF", ""), environment.get("SLURMD_NODENAME", "")
+    return "", ""
+
+
+def _parents(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return list(process.parents())
+    return []
 
 
 def free_ports(count: int) -> list[int]:

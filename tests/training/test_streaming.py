@@ -88,3 +88,20 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path, two_ranks: Ranks) 
         two_ranks.call(
             "loading_cases:load", plan=str(plan_of(tmp_path, model)), auto_class="AutoModelForSequenceClassification"
         )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("pretrained", [True, False], ids=["pretrained", "random"])
+def test_a_stage_of_a_pipeline_is_built_without_the_others(tmp_path: Path, two_ranks: Ranks, pretrained: bool) -> None:
+    config = small("llama", num_hidden_layers=12)
+    model = save(tmp_path / "model", "AutoModelForCausalLM", config)
+    overrides = ["parallel.pipeline_parallel_size=2", "zero.stage=1"]
+    if not pretrained:
+        source = ("model.model_name_or_path=null", f"model.config={model / 'config.json'}")
+        overrides += [*source, "tokenizer.train={vocab_size: 1000}"]
+    plan = plan_of(tmp_path, model, *overrides)
+    ranks = two_ranks.call("loading_cases:memory_of_a_build", plan=str(plan))
+    whole = 4 * json.loads(plan.read_text())["model"]["num_parameters"]
+    assert sum(rank["own"] for rank in ranks) == whole
+    for rank in ranks:
+        assert rank["peak"] < 1.25 * rank["own"] < 0.75 * whole

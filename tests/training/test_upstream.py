@@ -22,6 +22,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.lr_schedules import WarmupLR
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
 from deepspeed.runtime.zero import linear
 from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer, Init, InsertPostInitMethodToModuleSubClasses
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -171,6 +172,19 @@ def test_our_registry_answers_both() -> None:
     assert recorded.get(model) == recorded.get(str(model.__class__), None) == {"hidden_states": 1}
     assert recorded.get("unknown", None) is None
     assert recorded.get(torch.nn.ReLU()) == {}
+
+
+def test_parameters_from_nvme_are_read_as_16_bit_whatever_they_are() -> None:
+    """One reason why `planning/zero_settings.py` refuses them: fp32 ends in products of two types.
+
+    The precedence of `or` and `if` drops the type that is asked for where a processor has no fp16. In bf16 a parameter
+    that is fetched ahead meets its own buffer of before ("already assigned swap buffer id").
+    """
+    wrong = "self.dtype = dtype or torch.float16 if get_accelerator().is_fp16_supported("
+    assert wrong in inspect.getsource(InsertPostInitMethodToModuleSubClasses._set_dtype)
+    assert "AsyncPartitionedParameterSwapper(_ds_config, self.dtype)" in inspect.getsource(Init.__init__)
+    buffers = inspect.getsource(AsyncPartitionedParameterSwapper._allocate_and_return_buffers_for_swap_in)
+    assert "already assigned swap buffer id" in buffers
 
 
 def test_quantised_communication_has_kernels_for_gpus_alone() -> None:
