@@ -18,7 +18,7 @@ from tests.support.recipes import PLANNED, SMOKES, TEXTS, lines
 MINILM, SMOLLM2 = ("minilm", "bert"), ("smollm2-135m-instruct", "llama")
 ADAPTED = ("smollm2-lora", "dora", "rslora", "ia3", "prefix-tuning", "prompt-tuning", "p-tuning")
 FETCHED = {
-    **{f"finetune/{name}": MINILM for name in ("movie-reviews", "gradual-unfreezing")},
+    **{f"finetune/{name}": MINILM for name in ("movie-reviews", "gradual-unfreezing", "frozen-layers")},
     **{f"finetune/{name}": SMOLLM2 for name in ADAPTED},
 }
 """Recipes of weights that benchmarks/real_weights.py fetches: their folder, and the kind of model in it."""
