@@ -24,11 +24,7 @@ FETCHED = {
 """Recipes of weights that benchmarks/real_weights.py fetches: their folder, and the kind of model in it."""
 UNMEASURED = {
     f"finetune/{name}"
-    for name in (
-        *("audio-classification", "continual", "dora", "frozen-layers", "gradual-unfreezing", "p-tuning"),
-        *("prefix-tuning", "prompt-tuning", "image-classification", "sentence-embedding", "preference"),
-        *("supervised", "image-text"),
-    )
+    for name in ("audio-classification", "continual", "dora", "gradual-unfreezing", "prefix-tuning", "prompt-tuning")
 }
 """Recipes of which no run has been kept."""
 REAL = {name: words for name, words in PLANNED.items() if "--gpu" in words}
