@@ -126,7 +126,7 @@ def examine_profile(profile: Profile, run_directory: Path) -> "Examination":
         connect(check_alive)
         baseline = registry.registry_folder().parent / "doctor" / f"{profile.name}.json"
         gpus = resources.workers_per_node if resources.device == "cuda" else 0
-        return examine(run_directory, resources.nodes, baseline, gpus)
+        return examine(run_directory, resources.nodes, baseline, gpus, collectives=True)
 
 
 @contextmanager

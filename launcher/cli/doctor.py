@@ -23,7 +23,8 @@ def doctor(
     """Examine each node and the network between them; exit code 2 when a run would fail.
 
     Versions and code are compared, and the GPUs, memory, disks, clocks and the run directory looked at; every pair of
-    nodes is measured, and a slow or unreachable node named. What was measured is kept, and compared the next time.
+    nodes is measured, and all-reduces over all of them and over halves, down to the slow or unreachable node, which is
+    named. What was measured is kept, and compared the next time.
     """
     from cluster.profile import load_profile
     from launcher.submit import examine_profile
@@ -35,7 +36,15 @@ def doctor(
     if as_json:
         links = [{"from": one, "to": other, **link} for (one, other), link in found.links.items()]
         findings = [asdict(finding) for finding in found.findings]
-        facts = {"nodes": found.nodes, "links": links, "findings": findings, "seconds": found.seconds}
+        groups = [{"nodes": list(group), **link} for group, link in found.collectives.groups.items()]
+        facts = {
+            "nodes": found.nodes,
+            "links": links,
+            "all_reduce": found.collectives.whole,
+            "all_reduces": groups,
+            "findings": findings,
+            "seconds": found.seconds,
+        }
         print(json.dumps(facts, indent=1))
     else:
         print("\n".join(_lines(found)))
@@ -57,6 +66,12 @@ def _lines(found: "Examination") -> list[str]:
         lines.append(
             f"network, {len(found.links)} links: median {found.bandwidth / 1e6:,.0f} MB/s, "
             f"{latencies[len(latencies) // 2] * 1e6:,.0f} us"
+        )
+    whole = found.collectives.whole
+    if whole is not None and "error" not in whole:
+        lines.append(
+            f"all-reduce over all of them: {whole['bytes_per_second'] / 1e6:,.0f} MB/s (bus bandwidth), "
+            f"{whole['latency_s'] * 1e6:,.0f} us"
         )
     lines += [str(finding) for finding in found.findings]
     worst = {finding.level for finding in found.findings}

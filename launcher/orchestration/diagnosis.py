@@ -13,7 +13,8 @@ MAX_CLOCK_SKEW_S = 1.0
 SLOW_SHARE = 0.5
 """A node is slow when its best link is slower than this share of the median link."""
 BASELINE_SHARE = 0.7
-"""The cluster is slower than last time when its median link has less than this share of its bandwidth then."""
+"""The cluster is slower than last time when its median link, or the all-reduce over it, has less than this share of its
+bandwidth then."""
 GPU_USED_MIB = 1000
 ECC = "ecc.errors.uncorrected.volatile.total"
 
@@ -158,9 +159,9 @@ def median_bandwidth(links: Mapping[tuple[str, str], Link]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def slower_than_before(now: float | None, before: float | None) -> list[Finding]:
-    """Whether the cluster's network has become slower."""
+def slower_than_before(what: str, now: float | None, before: float | None) -> list[Finding]:
+    """Whether the cluster's network has become slower; bytes per second of a kind of measurement."""
     if now is None or before is None or now >= BASELINE_SHARE * before:
         return []
-    text = f"the network has become slower: {now / 1e6:,.0f} MB/s, {before / 1e6:,.0f} MB/s last time"
+    text = f"the network has become slower: {what} {now / 1e6:,.0f} MB/s, {before / 1e6:,.0f} MB/s last time"
     return [Finding("warning", "", text)]

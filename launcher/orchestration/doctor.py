@@ -1,4 +1,4 @@
-"""Examining a Ray cluster before a run trusts it: one probe a node, and every pair of nodes measured."""
+"""Examining a Ray cluster before a run trusts it: one probe a node, every pair of nodes and all-reduces measured."""
 
 import json
 import secrets
@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launcher.orchestration import diagnosis
+from launcher.orchestration.bisection import Collectives, rounds
 from launcher.orchestration.diagnosis import Finding
 from launcher.orchestration.probe import NodeProbe
 from launcher.run_directory import write_atomically
@@ -29,12 +30,14 @@ class Examination:
     Attributes:
         nodes: facts by host name.
         links: measurement by (from, to).
+        collectives: all-reduces over the nodes that reach each other; none when they were not asked for.
         findings: what is wrong.
         seconds: that it took.
     """
 
     nodes: Mapping[str, Mapping[str, Any]]
     links: Mapping[tuple[str, str], diagnosis.Link]
+    collectives: Collectives
     findings: tuple[Finding, ...]
     seconds: float
 
@@ -45,7 +48,12 @@ class Examination:
 
 
 def examine(
-    run_directory: Path, expected_nodes: int, baseline: Path | None = None, gpus_per_node: int = 0
+    run_directory: Path,
+    expected_nodes: int,
+    baseline: Path | None = None,
+    gpus_per_node: int = 0,
+    *,
+    collectives: bool = False,
 ) -> Examination:
     """Examine the cluster that this process is connected to.
 
@@ -54,9 +62,11 @@ def examine(
         expected_nodes: how many there must be.
         baseline: file with what was measured last time; written anew when nothing is wrong.
         gpus_per_node: that a run wants.
+        collectives: measure all-reduces too, for which each node imports PyTorch first.
     """
     began = time.monotonic()
-    probes, addresses, findings = _probes(expected_nodes)
+    living, findings = _living(expected_nodes)
+    probes = _probes(living)
     nodes, skews = _facts(probes, run_directory, findings)
     findings += diagnosis.odd_versions(nodes) if nodes else []
     findings += diagnosis.short_of_something(nodes, gpus_per_node) if nodes else []
@@ -64,37 +74,48 @@ def examine(
     answering = {name: probes[name] for name in nodes}
     if len(answering) > 1:
         findings += _shared(answering, run_directory)
-    links = _links(answering, {name: (addresses[name], nodes[name]["port"]) for name in nodes})
-    findings += diagnosis.bad_links(links)
-    now = diagnosis.median_bandwidth(links)
+    endpoints = {name: (living[name]["NodeManagerAddress"], nodes[name]["port"]) for name in nodes}
+    links = _links(answering, endpoints)
+    of_links = diagnosis.bad_links(links)
+    findings += of_links
+    reached = Collectives()
+    if collectives:
+        from launcher.orchestration.collectives import examine_collectives
+
+        cut_off = {finding.node for finding in of_links if finding.level == "error"}
+        reached = examine_collectives({name: living[name] for name in nodes if name not in cut_off})
+        findings += reached.findings
     if baseline is not None:
-        findings += diagnosis.slower_than_before(now, _read_baseline(baseline))
-        if now is not None and not findings:
-            baseline.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(baseline, json.dumps({"bytes_per_second": now, "time": time.time()}))
+        findings += _compared(baseline, links, reached, all_is_well=not findings)
     for probe in probes.values():
         ray.kill(probe)
-    return Examination(nodes, links, tuple(findings), time.monotonic() - began)
+    return Examination(nodes, links, reached, tuple(findings), time.monotonic() - began)
 
 
-def _probes(expected: int) -> tuple[dict[str, Any], dict[str, str], list[Finding]]:
-    """A probe on each living node, by host name; their addresses; and the nodes that are not there."""
-    probe_class = ray.remote(NodeProbe)
-    probes, addresses = {}, {}
+def _living(expected: int) -> tuple[dict[str, dict[str, Any]], list[Finding]]:
+    """Ray's description of each living node, by host name; and the nodes that are not there."""
+    living: dict[str, dict[str, Any]] = {}
     findings = []
     for node in ray.nodes():
         name = node["NodeManagerHostname"]
         if not node["Alive"]:
             findings.append(Finding("warning", name, f"has left the cluster: {node.get('DeathReasonMessage', '')}"))
             continue
-        name = name if name not in probes else f"{name} ({node['NodeManagerAddress']})"
+        name = name if name not in living else f"{name} ({node['NodeManagerAddress']})"
+        living[name] = node
+    if len(living) < expected:
+        text = f"the profile asks for {expected} nodes, and the cluster has {len(living)}: {', '.join(sorted(living))}"
+        findings.append(Finding("error", "", text))
+    return living, findings
+
+
+def _probes(living: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    probe_class = ray.remote(NodeProbe)
+    probes = {}
+    for name, node in living.items():
         where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         probes[name] = probe_class.options(num_cpus=0, scheduling_strategy=where).remote()
-        addresses[name] = node["NodeManagerAddress"]
-    if len(probes) < expected:
-        text = f"the profile asks for {expected} nodes, and the cluster has {len(probes)}: {', '.join(sorted(probes))}"
-        findings.append(Finding("error", "", text))
-    return probes, addresses, findings
+    return probes
 
 
 def _facts(
@@ -148,20 +169,28 @@ def _links(
     return links
 
 
-def rounds(names: list[str]) -> list[list[tuple[str, str]]]:
-    """Every pair once, in rounds in which nobody is in two pairs (the circle method of tournaments)."""
-    players: list[str | None] = [*names, *([None] if len(names) % 2 else [])]
-    found = []
-    for _ in range(len(players) - 1):
-        half = len(players) // 2
-        pairs = zip(players[:half], reversed(players[half:]), strict=True)
-        found.append([(one, other) for one, other in pairs if one is not None and other is not None])
-        players = [players[0], players[-1], *players[1:-1]]
-    return found
+def _compared(
+    baseline: Path, links: Mapping[tuple[str, str], diagnosis.Link], reached: Collectives, *, all_is_well: bool
+) -> list[Finding]:
+    """What is slower than last time; today's figures are for the next time, if nothing is wrong."""
+    whole = reached.whole or {}
+    now = {"connection": diagnosis.median_bandwidth(links), "all_reduce": whole.get("bytes_per_second")}
+    before = _read_baseline(baseline)
+    findings = [
+        finding
+        for what, figure in now.items()
+        for finding in diagnosis.slower_than_before(what.replace("_", "-"), figure, before.get(what))
+    ]
+    if all_is_well and not findings:
+        kept = before | {what: figure for what, figure in now.items() if figure is not None}
+        baseline.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(baseline, json.dumps(kept | {"time": time.time()}))
+    return findings
 
 
-def _read_baseline(path: Path) -> float | None:
+def _read_baseline(path: Path) -> dict[str, float]:
+    """Bytes per second by kind; empty when nothing was measured before."""
     try:
-        return float(json.loads(path.read_bytes())["bytes_per_second"])
-    except (OSError, ValueError, KeyError):
-        return None
+        return {str(name): float(figure) for name, figure in json.loads(path.read_bytes()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from launcher.orchestration.bisection import rounds
 from launcher.orchestration.diagnosis import (
     bad_links,
     odd_versions,
@@ -13,7 +14,6 @@ from launcher.orchestration.diagnosis import (
     slower_than_before,
     unshared,
 )
-from launcher.orchestration.doctor import rounds
 from launcher.orchestration.probe import xids
 
 GIB = 2**30
@@ -116,9 +116,9 @@ def test_a_node_all_of_whose_links_are_slow_is_named_alone() -> None:
 
 
 def test_the_last_time_is_remembered() -> None:
-    assert slower_than_before(8e8, 1e9) == []
-    assert slower_than_before(1e9, None) == []
-    (finding,) = slower_than_before(6e8, 1e9)
+    assert slower_than_before("connection", 8e8, 1e9) == []
+    assert slower_than_before("connection", 1e9, None) == []
+    (finding,) = slower_than_before("connection", 6e8, 1e9)
     assert "600 MB/s, 1,000 MB/s last time" in finding.text
 
 

@@ -91,6 +91,7 @@ def test_what_is_wrong_is_found_and_named(lab: Lab, tmp_path: Path) -> None:
         by_node.setdefault(finding["node"], []).append(finding["text"])
     assert any("deepspeed is 0.1, and " in text for text in by_node["n2"])
     assert any("slow network" in text for text in by_node["n3"])
+    assert any("slow in an all-reduce" in text for text in by_node["n3"])
     assert any("no connection with n2, n3" in text for text in by_node["n4"])
     unshared = {node for node, texts in by_node.items() if any("does not see what" in text for text in texts)}
     assert unshared == {"n2", "n3", "n4"}, "everyone but the writer"
@@ -100,3 +101,7 @@ def test_what_is_wrong_is_found_and_named(lab: Lab, tmp_path: Path) -> None:
     assert [(finding["node"], finding["text"][:16]) for finding in errors] == [("n2", "deepspeed is 0.1")]
     assert len(healed["links"]) == 6
     assert all(link["bytes_per_second"] > 0 for link in healed["links"])
+    assert found["all_reduces"][0]["nodes"] == ["n1", "n2", "n3"], "n4 is left out: it reaches nobody"
+    groups = [group["nodes"] for group in healed["all_reduces"]]
+    assert groups[:3] == [["n1", "n2", "n3", "n4"], ["n1", "n2"], ["n3", "n4"]]
+    assert healed["all_reduce"]["bytes_per_second"] > found["all_reduce"]["bytes_per_second"] > 0
