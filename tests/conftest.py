@@ -14,13 +14,13 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 _HARDWARE = "hardware:"
 """How the reason of a skip begins when the machine lacks a device (a GPU, say): the only skip that CI accepts."""
 
-EVERY = 6
-"""Of the cells of a matrix, a test run takes the first and every sixth after it."""
+EVERY = 12
+"""Of the cells of a matrix, a test run takes the first and every twelfth after it."""
 
 _CLUSTERS = ("tests/jobs/", "tests/orchestration/")
 """Tests that start Ray or Slurm and mostly wait."""
 _PROJECT = ("tests/project/test_benchmarks", "tests/project/test_documents")
-"""Tests of minutes that go to whichever process is ready for them first."""
+"""Tests of minutes; each of the two files goes to whichever process is ready for it first."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,7 +40,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         test = item.nodeid.partition("[")[0]
         if item.get_closest_marker("exhaustive") or (item.get_closest_marker("nvme") and not compiled):
             left_out.add(item)
-        if item.get_closest_marker("matrix") is not None and seen[test] % EVERY:
+        matrix = item.get_closest_marker("matrix")
+        if matrix is not None and seen[test] % matrix.kwargs.get("every", EVERY):
             left_out.add(item)
         seen[test] += 1
     config.hook.pytest_deselected(items=list(left_out))
@@ -51,8 +52,9 @@ class Groups(LoadScopeScheduling):
     """One process waits for clusters while the other computes."""
 
     def _split_scope(self, nodeid: str) -> str:
-        if nodeid.startswith(_PROJECT):
-            return "project"
+        for name in _PROJECT:
+            if nodeid.startswith(name):
+                return name
         return "clusters" if nodeid.startswith(_CLUSTERS) else "others"
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from cluster.validation import near_match
 from launcher.errors import ModelError
+from launcher.models.build import DTYPES
 from launcher.planning.plan import Plan
 from launcher.recipe.task_sections import AdapterSection
 
@@ -38,7 +39,21 @@ def choose_trained(model: Any, plan: Plan, adapter_task: str | None) -> Any:
     if recipe.adapter is None:
         freeze(model, recipe.model.freeze, recipe.model.unfreeze)
         return model
-    return add_adapter(model, recipe.adapter, adapter_task, recipe.seed)
+    adapted = add_adapter(model, recipe.adapter, adapter_task, recipe.seed)
+    if plan.zero_stage == 3:
+        _cast(adapted, DTYPES[recipe.training.precision])
+    return adapted
+
+
+def _cast(adapted: nn.Module, dtype: torch.dtype) -> None:
+    """Give an adapter the model's type of numbers, as DeepSpeed's engine does to all weights under the lower stages.
+
+    Under stage 3 it takes weights as they are (`runtime/engine.py: _configure_distributed_model`), and peft makes its
+    own in fp32: they would be multiplied in fp32, with copies in fp32 of what goes in and comes out.
+    """
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def freeze(model: nn.Module, frozen: Sequence[str], kept: Sequence[str]) -> None:

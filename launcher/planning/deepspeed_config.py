@@ -18,7 +18,7 @@ from launcher.planning.deepspeed_keys import AUTO, key_problems
 from launcher.planning.json_document import read_json
 from launcher.planning.layout import BatchPlan, Layout
 from launcher.planning.owned_keys import Owned, owned_keys
-from launcher.planning.zero_settings import zero_problems
+from launcher.planning.zero_settings import ratio_problems, zero_problems
 from launcher.recipe.catalogue import deepspeed_configs_root
 from launcher.recipe.schema import Recipe
 
@@ -96,6 +96,7 @@ def make_deepspeed_config(
     problems += [
         problem for problem in zero_problems(plan.config["zero_optimization"], layout) if problem.where not in told
     ]
+    problems += ratio_problems(plan.config)
     if problems:
         raise PlanError(recipe.name, problems)
     return plan

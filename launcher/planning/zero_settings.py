@@ -30,6 +30,23 @@ def parameter_device_problems(device: str | None) -> list[Problem]:
     return [Problem(message, "zero.offload_param")]
 
 
+def ratio_problems(config: Mapping[str, Any]) -> list[Problem]:
+    """Say why a resolved configuration cannot offload a part of the optimizer's states; empty when it can, or need not.
+
+    `runtime/zero/stage3.py: DeepSpeedZeroOptimizer_Stage3.__init__` ends with an assertion.
+    """
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    ratio = offload.get("ratio", 1.0)
+    of_torch = config["optimizer"].get("params", {}).get("torch_adam", False)
+    if offload.get("device") != "cpu" or ratio >= 1 or not of_torch:
+        return []
+    message = (
+        f"zero_optimization.offload_optimizer.ratio is {ratio}, and a part of the states is left on the device by "
+        "DeepSpeed's own Adam for hosts alone: set optimizer.params.torch_adam to false, or leave the ratio out"
+    )
+    return [Problem(message, "deepspeed")]
+
+
 def _offload_problems(zero: Mapping[str, Any], stage: int) -> list[Problem]:
     devices = {name: (zero.get(name) or {}).get("device", "none") for name in OFFLOADS}
     problems = parameter_device_problems(devices["offload_param"])

@@ -110,6 +110,7 @@ TEACHER = "a folder with a teacher"
 IN_PART: dict[str, dict[str, Any]] = {
     "lora-zero2-bf16": {"zero.stage": 2, **LORA},
     "lora-zero3-fp32": {"zero.stage": 3, **FP32, **LORA},
+    "lora-zero3-bf16": {"zero.stage": 3, **LORA},
     "dora-zero1-bf16-offload": {
         "zero.stage": 1, "zero.offload_optimizer": "cpu",
         "adapter": {"method": "dora", "target_modules": ["q_proj", "o_proj", "down_proj"]},

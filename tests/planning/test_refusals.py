@@ -89,6 +89,12 @@ def zero_keys(**keys: Any) -> dict[str, Any]:
             )
             for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
         ),
+        (
+            {"zero.stage": 3, "zero.offload_optimizer": "cpu", **zero_keys(offload_optimizer={"ratio": 0.5})},
+            "deepspeed: zero_optimization.offload_optimizer.ratio is 0.5, and a part of the states is left on the "
+            "device by DeepSpeed's own Adam for hosts alone: set optimizer.params.torch_adam to false, or leave the "
+            "ratio out",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else ",".join(f"{name}={each}" for name, each in value.items()),
 )

@@ -123,6 +123,11 @@ OFFLOADS = {
     "zero 2 optimizer": ("zero.stage=2", "zero.offload_optimizer=cpu"),
     "zero 3 optimizer": ("zero.stage=3", "zero.offload_optimizer=cpu"),
     "zero 3 both": ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_param=cpu"),
+    "zero 2 pinned": (
+        "zero.stage=2",
+        "zero.offload_optimizer=cpu",
+        "deepspeed.overrides={zero_optimization: {offload_optimizer: {pin_memory: true}}}",
+    ),
 }
 
 
@@ -130,3 +135,29 @@ OFFLOADS = {
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_offload_to_the_host_changes_nothing(offload: str, ranks_of: RanksOf, equality: Equality) -> None:
     equality.check(ranks_of(2), *OFFLOADS[offload])
+
+
+COMPILED = {
+    "zero 1": ("zero.stage=1", "{}"),
+    "zero 2": ("zero.stage=2", "{}"),
+    "zero 3": ("zero.stage=3", "{}"),
+    "zero 3 in part": ("zero.stage=3", "{offload_optimizer: {ratio: 0.5}}"),
+}
+
+
+@pytest.mark.nvme
+@pytest.mark.timeout(1200)  # the first time in a TORCH_EXTENSIONS_DIR
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", COMPILED)
+def test_deepspeeds_own_adam_for_hosts(layout: str, ranks_of: RanksOf, equality: Equality) -> None:
+    """Its vectors sum in another order than PyTorch's, and its divisions are reciprocals."""
+    stage, zero = COMPILED[layout]
+    compiled = f"deepspeed.overrides={{optimizer: {{params: {{torch_adam: false}}}}, zero_optimization: {zero}}}"
+    equality.check(ranks_of(2), stage, "zero.offload_optimizer=cpu", compiled, loss=1e-5, norm=1e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [2, 1])
+def test_gradients_of_micro_batches_are_summed_in_fp32(stage: int, ranks_of: RanksOf, equality: Equality) -> None:
+    summed = "deepspeed.overrides={data_types: {grad_accum_dtype: fp32}}"
+    equality.check(ranks_of(2), "precision=bf16", f"zero.stage={stage}", summed, **BF16)

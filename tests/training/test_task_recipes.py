@@ -95,7 +95,7 @@ REACHED = [
     ("pretrain/replay", of_targets, ()),
     ("pretrain/long-context", of_few_targets, ()),
 ]
-CASES = [pytest.param(*case, id=case[0], marks=pytest.mark.matrix) for case in REACHED]
+CASES = [pytest.param(*case, id=case[0], marks=pytest.mark.matrix(every=6)) for case in REACHED]
 
 
 SMALL = [
